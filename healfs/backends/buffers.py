@@ -1,0 +1,52 @@
+"""Page-aligned buffers for reads, and for writes that O_DIRECT or the kernel cannot take as is.
+
+Size classes are powers of two from a page. A pool is bounded in bytes; a buffer is used again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+PAGE_SHIFT = mmap.PAGESIZE.bit_length() - 1
+
+
+def address_of(data: memoryview | bytearray) -> int:
+    """The address of a writable buffer's first byte. It is valid while the buffer is held."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(data))
+
+
+class Buffer:
+    __slots__ = ("address", "order", "view")
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+        self.view = memoryview(mmap.mmap(-1, 1 << order))
+        self.address = address_of(self.view)
+
+
+class Pool:
+    """At most `limit` bytes, except that one buffer of any size is always to be had."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._allocated = 0
+        self._free: list[list[Buffer]] = [[] for _ in range(64)]
+
+    def take(self, length: int) -> Buffer | None:
+        """A buffer of at least `length` bytes; None: wait until one was given back."""
+        order = max(PAGE_SHIFT, (length - 1).bit_length())
+        free = self._free[order]
+        if free:
+            return free.pop()
+        if self._allocated + (1 << order) > self._limit:
+            for others in self._free:
+                self._allocated -= sum(1 << buffer.order for buffer in others)
+                others.clear()
+            if self._allocated and self._allocated + (1 << order) > self._limit:
+                return None
+        self._allocated += 1 << order
+        return Buffer(order)
+
+    def give(self, buffer: Buffer) -> None:
+        self._free[buffer.order].append(buffer)

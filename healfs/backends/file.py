@@ -1,0 +1,422 @@
+"""The backend for a regular file or a block device.
+
+Requests go through io_uring (uring.py), or a thread pool where that is forbidden. A regular
+file is read and written through the page cache; a block device with O_DIRECT, so that no page
+cache shows stale data, and O_EXCL, so that a mounted device is refused.
+
+The fence: a closed session keeps its open file description, its locks and its buffers until
+the kernel has ended every operation on it, and the next connect() waits for that. So no late
+write of an abandoned attempt lands after newer data, and `settle` is 0.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from healfs.backends import opening
+from healfs.backends.base import Backend, Extent, Geometry, SourceError
+from healfs.backends.buffers import Buffer, Pool, address_of
+from healfs.backends.threads import ThreadPool
+from healfs.backends.uring import (
+    IORING_FSYNC_DATASYNC,
+    IORING_OP_FALLOCATE,
+    IORING_OP_FSYNC,
+    IORING_OP_READ,
+    IORING_OP_WRITE,
+    PATIENCE,
+    RWF_DSYNC,
+    Operation,
+    Queue,
+    Ring,
+)
+from healfs.core.request import Done, Kind, Request
+
+ENTRIES = 128  # operations that the kernel has at a time; the rest waits here
+BUFFER_LIMIT = 64 << 20  # bytes of read buffers
+CONNECT_TIMEOUT = 10.0  # seconds
+CLOSE_TIMEOUT = 2.0  # seconds
+ROUNDS = 8  # of submit and reap before other tasks get their turn
+MAXIMUM_EXTENTS = 1024  # runs in one answer of extents()
+
+FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+
+_log = logging.getLogger(__name__)
+
+
+class _Transfer(Operation):
+    """An operation on behalf of a request."""
+
+    __slots__ = ("buffer", "done", "modes", "request")
+
+    def __init__(self, opcode: int, fd: int, request: Request, done: Done) -> None:
+        self.opcode = opcode
+        self.fd = fd
+        self.offset = request.offset
+        self.length = request.length
+        self.flags = 0
+        self.address = 0
+        self.view: Any = None
+        self.request = request
+        self.done = done
+        self.buffer: Buffer | None = None
+        self.modes: tuple[int, ...] = ()  # of FALLOCATE, still to be tried
+
+
+class _Session:
+    """One open file description and what was submitted on it."""
+
+    def __init__(self, opened: opening.Opened, make: Callable[[_Session], Queue]) -> None:
+        self.fd = opened.fd
+        self._alignment = opened.geometry.minimum_block if opened.direct else 1
+        self._pool = Pool(BUFFER_LIMIT)
+        self._deferred: deque[tuple[Request, Done]] = deque()  # for want of a buffer
+        self._answers: list[tuple[Request, Done, int]] = []  # that need no storage
+        self._alive = True
+        self._busy = False
+        self._reported_short = False
+        self._error: OSError | None = None
+        self._scope: trio.CancelScope | None = None
+        self._served = trio.Event()
+        self.queue = make(self)
+
+    def submit(self, request: Request, done: Done) -> None:
+        if not self._alive:
+            return
+        kind = request.kind
+        if kind == Kind.READ:
+            self._read(request, done)
+        elif kind == Kind.WRITE:
+            self._write(request, done)
+        elif kind == Kind.FLUSH:
+            self._flush(request, done)
+        elif not request.length:
+            self._answers.append((request, done, 0))
+        else:
+            transfer = _Transfer(IORING_OP_FALLOCATE, self.fd, request, done)
+            if kind == Kind.DISCARD:
+                transfer.modes = (PUNCH,)
+            else:
+                transfer.modes = (PUNCH, ZERO) if request.may_unmap else (ZERO, PUNCH)
+            self._allocate(transfer)
+
+    def _read(self, request: Request, done: Done) -> None:
+        if not request.length:
+            self._answers.append((request, done, 0))
+            return
+        buffer = self._pool.take(request.length)
+        if buffer is None:
+            self._deferred.append((request, done))
+            return
+        transfer = _Transfer(IORING_OP_READ, self.fd, request, done)
+        transfer.buffer = buffer
+        transfer.address = buffer.address
+        transfer.view = buffer.view[: request.length]
+        self.queue.push(transfer)
+
+    def _write(self, request: Request, done: Done) -> None:
+        if not request.length or request.data is None:
+            self._answers.append((request, done, errno.EINVAL if request.length else 0))
+            return
+        view = memoryview(request.data)
+        # The kernel needs an address, and ctypes gives one of writable memory only.
+        address = 0 if view.readonly else address_of(view)
+        transfer = _Transfer(IORING_OP_WRITE, self.fd, request, done)
+        if view.readonly or address % self._alignment:
+            buffer = self._pool.take(request.length)
+            if buffer is None:
+                self._deferred.append((request, done))
+                return
+            buffer.view[: request.length] = view
+            transfer.buffer = buffer
+            address, view = buffer.address, buffer.view[: request.length]
+        transfer.address = address
+        transfer.view = view
+        if request.fua:
+            transfer.flags = RWF_DSYNC
+        self.queue.push(transfer)
+
+    def _flush(self, request: Request, done: Done) -> None:
+        transfer = _Transfer(IORING_OP_FSYNC, self.fd, request, done)
+        transfer.offset = transfer.length = 0
+        transfer.flags = IORING_FSYNC_DATASYNC
+        self.queue.push(transfer)
+
+    def _allocate(self, transfer: _Transfer) -> None:
+        transfer.flags, *rest = transfer.modes
+        transfer.modes = tuple(rest)
+        self.queue.push(transfer)
+
+    def complete(self, transfer: _Transfer, result: int) -> None:
+        if not self._alive:
+            return  # the engine has the request parked
+        request = transfer.request
+        buffer = transfer.buffer
+        error = 0
+        if result < 0:
+            error = -result
+            if error == errno.EOPNOTSUPP and transfer.modes:
+                self._allocate(transfer)
+                return
+        elif transfer.opcode in (IORING_OP_READ, IORING_OP_WRITE):
+            if result < transfer.length and self._go_on(transfer, result):
+                return
+            if result < transfer.length:
+                error = errno.EIO
+                self._report_short(transfer)
+        elif transfer.opcode == IORING_OP_FALLOCATE and request.fua:
+            self._flush(request, transfer.done)
+            return
+        if request.kind == Kind.READ and buffer is not None and not error:
+            transfer.done(request, 0, buffer.view[: request.length])
+        else:
+            transfer.done(request, error, None)
+        if buffer is not None:
+            self._pool.give(buffer)
+            for _ in range(len(self._deferred)):
+                self.submit(*self._deferred.popleft())
+
+    def _report_short(self, transfer: _Transfer) -> None:
+        if not self._reported_short:
+            self._reported_short = True
+            _log.warning("the file ends at %d, inside the disk: somebody cut it", transfer.offset)
+
+    def _go_on(self, transfer: _Transfer, result: int) -> bool:
+        if not result:
+            return False
+        transfer.offset += result
+        transfer.address += result
+        transfer.length -= result
+        transfer.view = transfer.view[result:]
+        self.queue.push(transfer)
+        return True
+
+    def commit(self) -> None:
+        if self._busy:
+            return  # a done() led here: the outer call goes on
+        self._busy = True
+        try:
+            for _ in range(ROUNDS):
+                answers, self._answers = self._answers, []
+                for request, done, error in answers:
+                    if self._alive:
+                        done(request, error, b"" if request.kind == Kind.READ else None)
+                self._start()
+                if not self._alive or not (self.queue.reap() or self._answers):
+                    break
+            self._start()  # what is left to reap keeps the descriptor readable
+        finally:
+            self._busy = False
+
+    def _start(self) -> None:
+        if self._alive and self.queue.unsubmitted():
+            try:
+                self.queue.submit()
+            except OSError as error:
+                self._error = error
+                self.retire()
+
+    async def serve(self) -> OSError:
+        if self._alive:
+            with trio.CancelScope() as self._scope:
+                try:
+                    while self._alive:
+                        await self.queue.wait()
+                        self.commit()
+                finally:
+                    self._scope = None
+                    self._served.set()
+        return self._error or OSError(errno.ECONNABORTED, "the file was closed")
+
+    def retire(self) -> None:
+        if not self._alive:
+            return
+        self._alive = False
+        self._deferred.clear()
+        self._answers.clear()
+        try:
+            self.queue.cancel()
+        except OSError:
+            pass  # cancelling only saves time
+        if self._scope is None:
+            self._served.set()
+        else:
+            self._scope.cancel()
+
+    async def drained(self) -> None:
+        """Return when the kernel has ended everything; then free the queue."""
+        await self._served.wait()  # two tasks cannot wait for one descriptor
+        while self.queue.pending():
+            self.queue.reap()
+            if self.queue.pending():
+                await self.queue.wait()
+        self.queue.close()
+
+
+class FileBackend(Backend):
+    """A regular file or block device at `path`.
+
+    `create`: make a sparse file of that many bytes; it must not exist. `use_uring`: None tries
+    io_uring and falls back to threads, False forces threads, True raises SourceError without.
+    `wait_for_lock`: somebody else's lock means away (the successor of a worker that died waits
+    for the kernel to end its last operations), else it is a SourceError.
+    """
+
+    settle = 0.0
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        read_only: bool = False,
+        create: int | None = None,
+        use_uring: bool | None = None,
+        wait_for_lock: bool = False,
+    ) -> None:
+        self.source = path
+        self._path = os.path.abspath(path)
+        self._read_only = read_only
+        self._create = create
+        self._use_uring = use_uring
+        self._wait_for_lock = wait_for_lock
+        self._connected_before = False
+        self._session: _Session | None = None
+        self._retired: list[_Session] = []
+        # One: the next attempt waits until the thread of an abandoned one has ended.
+        self._limiter = trio.CapacityLimiter(1)
+        self._extents_limiter = trio.CapacityLimiter(2)
+
+    async def connect(self) -> Geometry:
+        self.close()
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT):
+                await self._drain()
+                opened = await self._open()
+        except trio.TooSlowError:
+            raise OSError(errno.ETIMEDOUT, f"{self.source}: the storage does not answer") from None
+        except SourceError as error:
+            if self._connected_before:  # it was right once, so waiting may mend it
+                raise OSError(error.errno, error.message) from None
+            raise
+        try:
+            self._session, notes = self._start_session(opened)
+        except SourceError:
+            os.close(opened.fd)
+            raise
+        self._connected_before = True
+        return opened.described(notes)
+
+    def _start_session(self, opened: opening.Opened) -> tuple[_Session, tuple[str, ...]]:
+        # O_DIRECT submissions honour RWF_NOWAIT throughout: no need for patience.
+        patience = ENTRIES if opened.direct else PATIENCE
+        if self._use_uring is not False:
+            try:
+                return _Session(opened, lambda s: Ring(ENTRIES, s.complete, patience=patience)), ()
+            except OSError as error:
+                why = error.strerror
+            if self._use_uring:
+                raise SourceError(f"io_uring is not available ({why})", errno.ENOSYS)
+        else:
+            why = "by option"
+        note = f"io_uring is not available ({why}): threads are used"
+        return _Session(opened, lambda s: ThreadPool(s.complete)), (note,)
+
+    async def _drain(self) -> None:
+        for session in self._retired:
+            if session.fd >= 0:
+                await session.drained()
+
+    async def _open(self) -> opening.Opened:
+        attempt = opening.Attempt(
+            self._path,
+            read_only=self._read_only,
+            create=self._create,
+            wait_for_lock=self._wait_for_lock or self._connected_before,
+            old=[session.fd for session in self._retired],
+        )
+        try:
+            opened = await trio.to_thread.run_sync(
+                attempt.run, abandon_on_cancel=True, limiter=self._limiter
+            )
+        except BaseException:
+            attempt.abandon()
+            raise
+        finally:
+            if attempt.started:  # their descriptors are the attempt's now
+                self._retired.clear()
+        self._create = None
+        return opened
+
+    async def serve(self) -> OSError:
+        if self._session is None:
+            return OSError(errno.ENOTCONN, "not connected")
+        return await self._session.serve()
+
+    def submit(self, request: Request, done: Done) -> None:
+        if self._session is not None:
+            self._session.submit(request, done)
+
+    def commit(self) -> None:
+        if self._session is not None:
+            self._session.commit()
+
+    def close(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            session.retire()
+            self._retired.append(session)
+
+    async def extents(self, offset: int, length: int) -> list[Extent] | None:
+        if self._session is None:
+            return None
+        # A descriptor of its own: the session's may be closed before the thread is done.
+        fd = os.dup(self._session.fd)
+        return await trio.to_thread.run_sync(
+            _extents, fd, offset, length, abandon_on_cancel=True, limiter=self._extents_limiter
+        )
+
+    async def aclose(self) -> None:
+        self.close()
+        with trio.move_on_after(CLOSE_TIMEOUT):
+            await self._drain()
+            fds = [session.fd for session in self._retired]
+            self._retired.clear()
+            await trio.to_thread.run_sync(
+                opening.close_all, fds, abandon_on_cancel=True, limiter=self._limiter
+            )
+
+
+def _extents(fd: int, offset: int, length: int) -> list[Extent] | None:
+    """SEEK_DATA and SEEK_HOLE of the range; closes fd. They move the file offset, which nobody
+    uses."""
+    runs: list[Extent] = []
+    end = offset + length
+    try:
+        while offset < end and len(runs) < MAXIMUM_EXTENTS:
+            try:
+                data = os.lseek(fd, offset, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # else: a hole up to the end
+                    return None
+                data = end
+            if data > offset:
+                runs.append(Extent(offset, min(data, end) - offset, True))
+            else:
+                hole = min(os.lseek(fd, offset, os.SEEK_HOLE), end)
+                runs.append(Extent(offset, hole - offset, False))
+            offset += runs[-1].length
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return runs

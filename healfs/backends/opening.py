@@ -1,0 +1,279 @@
+"""Opening a file or block device: everything that may touch the storage, for a thread."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from healfs.backends import locks
+from healfs.backends.base import Geometry, SourceError
+
+BLKSSZGET = 0x1268  # linux/fs.h
+BLKGETSIZE64 = 0x80081272
+FALLOC_FL_KEEP_SIZE_PUNCH_HOLE = 0x03
+MAX_HANDLE_SZ = 128  # linux/exportfs.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+# errno of open(2) -> what is wrong and what to do. Waiting mends none of these.
+_WRONG = {
+    errno.ENOENT: "no such file: {path}; --create SIZE makes one",
+    errno.ENOTDIR: "a part of the path is no directory: {path}",
+    errno.EISDIR: "{path} is a directory; name a disk image or a block device",
+    errno.EACCES: "no permission to open {path}{writing}",
+    errno.EPERM: "no permission to open {path}{writing}",
+    errno.EROFS: "{path} is on a read-only file system; --read-only opens it",
+    errno.ELOOP: "too many symbolic links: {path}",
+    errno.ENAMETOOLONG: "the name is too long: {path}",
+    errno.EBUSY: "{path} is in use (mounted, or held by another program); end that first",
+    errno.ETXTBSY: "{path} is in use as a program or swap; end that first",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    fd: int
+    direct: bool  # opened with O_DIRECT
+    geometry: Geometry
+
+    def described(self, notes: tuple[str, ...]) -> Geometry:
+        return replace(self.geometry, notes=self.geometry.notes + notes)
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close them; close(2) of a file on NFS may wait for the server."""
+    for fd in fds:
+        try:
+            os.close(fd)
+        except OSError:
+            pass  # a write error of the page cache: the engine has its own flush
+
+
+class Attempt:
+    """One attempt to open `path`, in a thread that the loop may have to abandon.
+
+    `old` are the descriptors of sessions whose operations have ended; they are closed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        create: int | None,
+        wait_for_lock: bool,
+        old: list[int],
+    ) -> None:
+        self._path = path
+        self._read_only = read_only
+        self._create = create
+        self._wait_for_lock = wait_for_lock
+        self._old = old
+        self._lock = threading.Lock()
+        self._abandoned = False
+        self.started = False  # whether the old descriptors are in our hands
+        self._opened: Opened | None = None
+        self._notes: list[str] = []
+
+    def run(self) -> Opened:
+        """SourceError: waiting does not mend it. OSError: away."""
+        self.started = True
+        try:
+            opened = self._open()
+        except SourceError:
+            raise
+        except OSError as error:
+            raise self._explained(error) from None
+        finally:
+            self._close_old()
+        with self._lock:
+            if self._abandoned:
+                close_all([opened.fd])
+                raise OSError(errno.ETIMEDOUT, "too late")
+            self._opened = opened
+        return opened
+
+    def abandon(self) -> None:
+        """Nobody waits for the result: whatever run() opens, or has opened, is closed."""
+        with self._lock:
+            self._abandoned = True
+            if self._opened is not None:
+                os.close(self._opened.fd)
+
+    def _explained(self, error: OSError) -> OSError:
+        if error.errno not in _WRONG:
+            return OSError(error.errno, f"{self._path}: {error.strerror}")
+        writing = "" if self._read_only else " for writing; --read-only may be enough"
+        text = _WRONG[error.errno].format(path=self._path, writing=writing)
+        return SourceError(text, error.errno)
+
+    def _close_old(self) -> None:
+        close_all(self._old)
+        self._old = []
+
+    def _open(self) -> Opened:
+        fd = -1
+        try:
+            if self._create is not None:
+                fd = self._make(self._create)
+                block = False
+            else:
+                block = self._is_block_device(os.stat(self._path))
+                if block:
+                    self._close_old()  # O_EXCL excludes our own
+                fd = os.open(self._path, self._flags(block))
+            self._exclude_others(fd)
+            return self._describe(fd, block)
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            raise
+
+    def _flags(self, block: bool) -> int:
+        flags = os.O_CLOEXEC | (os.O_RDONLY if self._read_only else os.O_RDWR)
+        return flags | os.O_DIRECT | os.O_EXCL if block else flags
+
+    def _make(self, size: int) -> int:
+        if size <= 0:
+            raise SourceError("a disk of 0 bytes is none; --create takes a size such as 10G")
+        try:
+            fd = os.open(self._path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            raise SourceError(
+                f"{self._path} exists; leave out --create to use it", errno.EEXIST
+            ) from None
+        except FileNotFoundError:
+            raise SourceError(
+                f"no such directory: {os.path.dirname(self._path)}", errno.ENOENT
+            ) from None
+        try:
+            os.ftruncate(fd, size)
+        except OSError as error:
+            os.unlink(self._path)
+            os.close(fd)
+            raise SourceError(
+                f"cannot make {self._path} of {size} bytes: {error.strerror}",
+                error.errno or errno.EIO,
+            ) from None
+        return fd
+
+    def _is_block_device(self, status: os.stat_result) -> bool:
+        mode = status.st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise SourceError(f"{self._path} is neither a regular file nor a block device")
+        return stat.S_ISBLK(mode)
+
+    def _exclude_others(self, fd: int) -> None:
+        # The old descriptors go when the new one has the locks, so that nobody gets between.
+        try:
+            locks.acquire(fd, self._read_only)
+            self._close_old()
+            locks.check(fd, self._read_only)
+        except locks.LockedError as error:
+            self._locked(str(error.strerror))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                self._locked("somebody else holds an exclusive lock")
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            self._notes.append(
+                f"no locks on this file system ({error.strerror}): no second user is refused"
+            )
+
+    def _locked(self, why: str) -> None:
+        text = f"{self._path} is in use by QEMU or another healfs ({why}); end that first"
+        if self._wait_for_lock:
+            raise OSError(errno.EAGAIN, text)
+        raise SourceError(text, errno.EBUSY)
+
+    def _describe(self, fd: int, block: bool) -> Opened:
+        status = os.fstat(fd)
+        if block:
+            (size,) = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
+            (sector,) = struct.unpack("I", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))
+            identity = _device_identity(status.st_rdev)
+            can_discard = bool(_queue_limit(status.st_rdev, "write_zeroes_max_bytes"))
+            can_zero = True  # ZERO_RANGE writes zeroes where the device has no command for it
+        else:
+            size, sector = status.st_size, 1
+            identity = _file_identity(fd, status)
+            can_discard = can_zero = not self._read_only and _can_punch(fd, size)
+        if not size:
+            raise SourceError(
+                f"{self._path} is empty (0 bytes); truncate -s SIZE {self._path} gives it a size"
+                if not block
+                else f"{self._path} has no size (no medium, or not set up)"
+            )
+        geometry = Geometry(
+            size=size,
+            minimum_block=sector,
+            read_only=self._read_only,
+            can_fua=True,
+            can_discard=can_discard,
+            can_write_zeroes=can_zero,
+            identity=identity,
+            notes=tuple(self._notes),
+        )
+        return Opened(fd, block, geometry)
+
+
+def _can_punch(fd: int, size: int) -> bool:
+    # Beyond the end there is nothing to punch, but the file system says whether it can.
+    if _fallocate(fd, FALLOC_FL_KEEP_SIZE_PUNCH_HOLE, size, 4096) == 0:
+        return True
+    return ctypes.get_errno() not in (errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def _file_identity(fd: int, status: os.stat_result) -> dict[str, str]:
+    """Not st_dev: it changes when NFS is mounted again."""
+    identity = {"inode": str(status.st_ino)}
+    # struct file_handle: handle_bytes, handle_type, f_handle[]
+    handle = ctypes.create_string_buffer(struct.pack("Ii", MAX_HANDLE_SZ, 0), 8 + MAX_HANDLE_SZ)
+    mount_id = ctypes.c_int()
+    at_empty_path = 0x1000
+    if _libc.name_to_handle_at(fd, b"", handle, ctypes.byref(mount_id), at_empty_path) == 0:
+        length, kind = struct.unpack_from("Ii", handle)
+        identity["handle"] = f"{kind}:{handle.raw[8 : 8 + length].hex()}"
+    return identity
+
+
+def _sysfs(device: int, name: str) -> str:
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open(f"/sys/dev/block/{number}/{name}", encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _queue_limit(device: int, name: str) -> int:
+    # A partition has the queue of its disk.
+    return int(_sysfs(device, f"queue/{name}") or _sysfs(device, f"../queue/{name}") or 0)
+
+
+def _device_identity(device: int) -> dict[str, str]:
+    partition = _sysfs(device, "partition")
+    up = "../" if partition else ""
+    names = {
+        "wwid": ("wwid", "device/wwid", "dm/uuid"),
+        "serial": ("serial", "device/serial"),
+    }
+    identity = {}
+    for key, places in names.items():
+        value = next(filter(None, (_sysfs(device, up + place) for place in places)), "")
+        if value:
+            identity[key] = value
+    if identity and partition:
+        identity["partition"] = partition
+    return identity

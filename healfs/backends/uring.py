@@ -1,0 +1,322 @@
+"""io_uring, as much as the file backend needs (io_uring_setup(2), io_uring_enter(2)).
+
+The rings are mmap and struct. `push` fills submission queue entries, `submit` hands all of them
+to the kernel with one system call, and the ring's descriptor is readable when there are
+completions to `reap`. Nothing here waits for storage.
+
+Memory ordering. The kernel reads our tail only inside io_uring_enter, on our own thread (there
+is no SQPOLL), so no barrier is needed on that side. It may write completions from another CPU:
+entries first, then the tail. x86 keeps loads in order; elsewhere `_acquire` between our load of
+the tail and our loads of the entries does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import trio
+
+# asm-generic/unistd.h: the numbers are the same on every architecture that Python runs on.
+SYS_IO_URING_SETUP = 425
+SYS_IO_URING_ENTER = 426
+SYS_IO_URING_REGISTER = 427
+
+# linux/io_uring.h
+IORING_OP_FSYNC = 3
+IORING_OP_ASYNC_CANCEL = 14
+IORING_OP_FALLOCATE = 17
+IORING_OP_READ = 22
+IORING_OP_WRITE = 23
+IORING_FSYNC_DATASYNC = 1 << 0
+IORING_ASYNC_CANCEL_ANY = 1 << 2
+IOSQE_ASYNC = 1 << 4
+IORING_FEAT_SINGLE_MMAP = 1 << 0
+IORING_FEAT_NODROP = 1 << 1
+IORING_OFF_SQ_RING = 0
+IORING_OFF_SQES = 0x10000000
+IORING_REGISTER_PROBE = 8
+IORING_REGISTER_IOWQ_MAX_WORKERS = 19
+IO_URING_OP_SUPPORTED = 1 << 0
+NEEDED = (IORING_OP_FSYNC, IORING_OP_FALLOCATE, IORING_OP_READ, IORING_OP_WRITE)
+
+# struct io_uring_sqe: opcode, flags, ioprio, fd, off, addr, len, rw_flags | fsync_flags |
+# cancel_flags, user_data, {buf_index, personality, file_index}, addr3, pad
+SQE = struct.Struct("<BBHiQQIIQQQQ")
+# struct io_uring_cqe: user_data, res, flags
+CQE = struct.Struct("<QiI")
+# struct io_uring_params: sq_entries, cq_entries, flags, sq_thread_cpu, sq_thread_idle,
+# features, wq_fd, resv[3]; then struct io_sqring_offsets and struct io_cqring_offsets
+PARAMS_SIZE, PARAMS_FEATURES, PARAMS_SQ_OFF, PARAMS_CQ_OFF = 120, 20, 40, 80
+# io_sqring_offsets: head, tail, ring_mask, ring_entries, flags, dropped, array, ...
+SQ_OFFSETS = struct.Struct("<7I")
+# io_cqring_offsets: head, tail, ring_mask, ring_entries, overflow, cqes, ...
+CQ_OFFSETS = struct.Struct("<6I")
+# struct io_uring_probe: last_op, ops_len, resv, resv2[3]; then io_uring_probe_op: op, resv,
+# flags, resv2
+PROBE_HEADER, PROBE_OP, PROBE_OPS = 16, struct.Struct("<BBHI"), 256
+
+RWF_DSYNC = 0x00000002  # linux/fs.h
+
+# A buffered read whose page is not cached may make even a non-blocking submission wait for a
+# tag of the block device's queue, which has at least 64. So no more than this many go to the
+# kernel in one call, and once PATIENCE of them wait for storage, IOSQE_ASYNC keeps the rest
+# off our thread.
+BATCH = 32
+PATIENCE = 16
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_U32 = 0xFFFFFFFF
+
+
+class Operation:
+    """One operation on a descriptor: what io_uring_prep_*(3) would say.
+
+    READ, WRITE: `length` bytes at `offset`, to or from `address`; `flags` are RWF_*. FSYNC: of
+    the data. FALLOCATE: `flags` is the mode. `view` is the memory behind `address` (the thread
+    pool uses that); it is kept until the operation is complete.
+    """
+
+    __slots__ = ("address", "fd", "flags", "length", "offset", "opcode", "view")
+
+    def __init__(
+        self,
+        opcode: int,
+        fd: int,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        address: int = 0,
+        view: Any = None,
+    ) -> None:
+        self.opcode = opcode
+        self.fd = fd
+        self.offset = offset
+        self.length = length
+        self.flags = flags
+        self.address = address
+        self.view = view
+
+
+# (the operation that was pushed, bytes transferred or negative errno), on the loop's thread
+Complete = Callable[[Any, int], None]
+
+
+class Queue(Protocol):
+    """What Ring and ThreadPool have in common. All calls on the loop's thread, none blocks."""
+
+    def push(self, operation: Operation) -> None:
+        """Queue an operation for the next submit; any number."""
+
+    def submit(self) -> None:
+        """Start what was pushed. OSError: the queue is broken."""
+
+    def reap(self) -> int:
+        """Call complete for what has ended; return how many."""
+
+    def unsubmitted(self) -> bool:
+        """Whether submit has something to do."""
+
+    def pending(self) -> int:
+        """Operations that the kernel may still be working on."""
+
+    def cancel(self) -> None:
+        """Drop what has not started; ask what has started to end early."""
+
+    async def wait(self) -> None:
+        """Return when there may be something to reap."""
+
+    def close(self) -> None:
+        """Free the queue; only when nothing is pending."""
+
+
+def _call(number: int, *arguments: Any) -> int:
+    result = int(_syscall(number, *arguments))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+_ordered_loads = platform.machine() in ("x86_64", "i686", "i386", "AMD64")
+_barrier = threading.Lock()
+
+
+def _acquire() -> None:
+    # A release followed by an acquire (two rounds of a lock give that) orders the loads before
+    # it against those after it.
+    if not _ordered_loads:
+        for _ in range(2):
+            with _barrier:
+                pass
+
+
+class Ring:
+    """An io_uring. OSError from the constructor: not here (ENOSYS, EPERM, ENOMEM, ...)."""
+
+    def __init__(self, entries: int, complete: Complete, *, patience: int = PATIENCE) -> None:
+        self._complete = complete
+        self._patience = patience
+        params = ctypes.create_string_buffer(PARAMS_SIZE)
+        self._fd = _call(SYS_IO_URING_SETUP, entries, params)
+        try:
+            self._check(params.raw)
+            self._map(params.raw)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._pending: dict[int, Operation] = {}
+        self._waiting: deque[Operation] = deque()
+        self._next = 1  # user_data; 0 is a cancel's
+        self._tail = 0
+        self._submitted = 0
+        self._slow = False
+
+    def _check(self, params: bytes) -> None:
+        (features,) = struct.unpack_from("<I", params, PARAMS_FEATURES)
+        wanted = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP
+        if features & wanted != wanted:
+            raise OSError(errno.ENOSYS, "this kernel's io_uring is too old")
+        probe = ctypes.create_string_buffer(PROBE_HEADER + PROBE_OPS * PROBE_OP.size)
+        _call(SYS_IO_URING_REGISTER, self._fd, IORING_REGISTER_PROBE, probe, PROBE_OPS)
+        for opcode in NEEDED:
+            flags = PROBE_OP.unpack_from(probe, PROBE_HEADER + opcode * PROBE_OP.size)[2]
+            if not flags & IO_URING_OP_SUPPORTED:
+                raise OSError(errno.ENOSYS, f"this kernel's io_uring has no operation {opcode}")
+
+    def _map(self, params: bytes) -> None:
+        self._entries, cq_entries = struct.unpack_from("<II", params, 0)
+        sq = SQ_OFFSETS.unpack_from(params, PARAMS_SQ_OFF)
+        cq = CQ_OFFSETS.unpack_from(params, PARAMS_CQ_OFF)
+        sq_array, cqes = sq[6], cq[5]
+        length = max(sq_array + 4 * self._entries, cqes + CQE.size * cq_entries)
+        self._rings = mmap.mmap(self._fd, length, offset=IORING_OFF_SQ_RING)
+        self._sqes = mmap.mmap(self._fd, SQE.size * self._entries, offset=IORING_OFF_SQES)
+        self._u32 = memoryview(self._rings)[: length // 4 * 4].cast("I")
+        self._sq_tail, self._cq_head, self._cq_tail = sq[1] // 4, cq[0] // 4, cq[1] // 4
+        self._sq_mask, self._cq_mask, self._cqes = self._entries - 1, cq_entries - 1, cqes
+        for index in range(self._entries):
+            self._u32[sq_array // 4 + index] = index
+        # The default is four bounded workers a CPU: a few slow operations would hold up the rest.
+        workers = (ctypes.c_uint32 * 2)(self._entries, 0)
+        _syscall(
+            SYS_IO_URING_REGISTER, self._fd, IORING_REGISTER_IOWQ_MAX_WORKERS, workers, 2
+        )  # an optimisation: an old kernel goes without
+
+    def push(self, operation: Operation) -> None:
+        # No more than `entries` in the kernel: the completion queue is twice that, so it never
+        # overflows.
+        if len(self._pending) >= self._entries:
+            self._waiting.append(operation)
+            return
+        if self._tail - self._submitted >= BATCH:
+            self.submit()
+        self._pack(operation)
+
+    def _pack(self, o: Operation) -> None:
+        user_data = self._next
+        self._next += 1
+        self._pending[user_data] = o
+        # FALLOCATE has its length in addr and its mode in len.
+        fallocate = o.opcode == IORING_OP_FALLOCATE
+        SQE.pack_into(
+            self._sqes,
+            (self._tail & self._sq_mask) * 64,
+            o.opcode,
+            IOSQE_ASYNC if self._slow else 0,
+            0,
+            o.fd,
+            o.offset,
+            o.length if fallocate else o.address,
+            o.flags if fallocate else o.length,
+            0 if fallocate else o.flags,
+            user_data,
+            0,
+            0,
+            0,
+        )
+        self._tail += 1
+
+    def submit(self) -> None:
+        todo = self._tail - self._submitted
+        if not todo:
+            return
+        self._u32[self._sq_tail] = self._tail & _U32
+        while todo:
+            # Fewer than asked for: an entry was refused, and its completion says why.
+            try:
+                taken = _call(SYS_IO_URING_ENTER, self._fd, todo, 0, 0, None, 0)
+            except InterruptedError:
+                continue
+            if not taken:
+                raise OSError(errno.EAGAIN, "io_uring takes no more operations")
+            self._submitted += taken
+            todo -= taken
+        ready = (self._u32[self._cq_tail] - self._u32[self._cq_head]) & _U32
+        self._slow = len(self._pending) - ready >= self._patience
+
+    def reap(self) -> int:
+        u32, pending, complete = self._u32, self._pending, self._complete
+        head, end = u32[self._cq_head], u32[self._cq_tail]
+        if head == end:
+            return 0
+        _acquire()
+        ended = []
+        while head != end:
+            user_data, result, _ = CQE.unpack_from(
+                self._rings, self._cqes + (head & self._cq_mask) * 16
+            )
+            head = (head + 1) & _U32
+            if user_data:
+                ended.append((pending.pop(user_data), result))
+        u32[self._cq_head] = head
+        waiting = self._waiting
+        while waiting and len(pending) < self._entries:
+            self.push(waiting.popleft())
+        for operation, result in ended:
+            complete(operation, result)
+        return len(ended)
+
+    def unsubmitted(self) -> bool:
+        return self._tail != self._submitted
+
+    def pending(self) -> int:
+        return len(self._pending)
+
+    def cancel(self) -> None:
+        self._waiting.clear()
+        while self._tail != self._submitted:  # the kernel has not seen these yet
+            self._tail -= 1
+            del self._pending[self._next - 1]
+            self._next -= 1
+        self._u32[self._sq_tail] = self._tail & _U32
+        if not self._pending:
+            return
+        SQE.pack_into(
+            self._sqes,
+            (self._tail & self._sq_mask) * 64,
+            *(IORING_OP_ASYNC_CANCEL, 0, 0, -1, 0, 0, 0),
+            *(IORING_ASYNC_CANCEL_ANY, 0, 0, 0, 0),
+        )
+        self._tail += 1
+        self.submit()
+
+    async def wait(self) -> None:
+        await trio.lowlevel.wait_readable(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._u32.release()
+            self._rings.close()
+            self._sqes.close()
+            os.close(self._fd)
+            self._fd = -1

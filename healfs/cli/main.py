@@ -1,0 +1,99 @@
+"""The healfs command: finds the verb, and turns every error into one line and a status."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import click
+
+from healfs import __version__
+from healfs.cli import exit_status
+from healfs.cli.output import CliError, error_line
+from healfs.config import ConfigError
+from healfs.control.client import ControlError
+from healfs.control.mounts import MountsError
+from healfs.core.policy import PolicyError
+
+# verb -> module and name. Loaded when asked for: `healfs status` need not wait for the rest.
+VERBS = {
+    "mount": "healfs.cli.mount:mount",
+    "status": "healfs.cli.status:status",
+    "list": "healfs.cli.status:list_",
+    "policy": "healfs.cli.policy:policy",
+    "umount": "healfs.cli.umount:umount",
+    "demo": "healfs.cli.demo:demo",
+}
+
+
+class _Healfs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [v for v, place in VERBS.items() if importlib.util.find_spec(place.split(":")[0])]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module, name = VERBS[cmd_name].split(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        extra["standalone_mode"] = False
+        sys.exit(self._run(*args, **extra))
+
+    def _run(self, *args: Any, **extra: Any) -> int:
+        try:
+            result = super().main(*args, **extra)
+            sys.stdout.flush()
+            return result if isinstance(result, int) else exit_status.SUCCESS
+        except CliError as exc:
+            error_line(exc.message)
+            return exc.status
+        except click.exceptions.NoArgsIsHelpError:
+            error_line(f"no verb; there are {', '.join(VERBS)}: see healfs --help")
+            return exit_status.BAD_INPUT
+        except click.UsageError as exc:
+            where = exc.ctx.command_path if exc.ctx else "healfs"
+            error_line(f"{exc.format_message().rstrip('.')}; see {where} --help")
+            return exit_status.BAD_INPUT
+        except click.ClickException as exc:
+            error_line(exc.format_message())
+            return exit_status.FAILURE
+        except (ConfigError, PolicyError) as exc:
+            error_line(str(exc))
+            return exit_status.BAD_INPUT
+        except (ControlError, MountsError) as exc:
+            error_line(str(exc))
+            return exit_status.FAILURE
+        except (KeyboardInterrupt, click.Abort):
+            error_line("interrupted")
+            return exit_status.INTERRUPTED
+        except BrokenPipeError:
+            # The reader (head, less) has seen enough. Python would complain once more at exit.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return exit_status.FAILURE
+        except OSError as exc:
+            error_line(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
+            return exit_status.FAILURE
+
+
+@click.group(
+    cls=_Healfs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="healfs", message="%(prog)s %(version)s")
+def main() -> None:
+    """A disk that waits instead of failing.
+
+    Mounts a directory that holds one disk image file. While the storage behind it is away,
+    requests wait; when it is back, they complete.
+    """
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Where the run-time files of the mounts live, and which mounts there are.
+
+One directory a mount, named by a hash of the mountpoint, because a socket's path is limited to
+107 bytes. Nothing here touches a mount: its daemon may be the one that hangs.
+
+Standard library only: the keeper uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import socket
+import stat
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MAXIMUM_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
+_MAXIMUM_RECORD = 65536
+
+
+class MountsError(Exception):
+    """One line: what is wrong with the run-time files, or with what the operator named."""
+
+
+def _private(path: Path) -> Path:
+    """Make sure of a directory that nobody else can write to: who can, is the daemon."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise MountsError(f"{path}: not a directory of yours; remove it, or set XDG_RUNTIME_DIR")
+    if found.st_mode & 0o022:
+        raise MountsError(f"{path}: others may write there; chmod 700 it")
+    return path
+
+
+def _runtime_path() -> Path:
+    if override := os.environ.get("HEALFS_RUNTIME_DIR"):
+        return Path(override).absolute()
+    if os.geteuid() == 0:
+        return Path("/run/healfs")
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "healfs"
+    return Path(tempfile.gettempdir()) / f"healfs-{os.geteuid()}"
+
+
+def log_path(mountpoint: str) -> Path:
+    """The daemon's log file. Its directory is not created here."""
+    if "HEALFS_RUNTIME_DIR" in os.environ:
+        directory = _runtime_path() / "log"
+    elif os.geteuid() == 0:
+        directory = Path("/var/log/healfs")
+    else:
+        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        directory = Path(home) / "healfs"
+    # The hash tells /a-b from /a/b.
+    words = mountpoint.strip("/").replace("/", "-")[-64:]
+    return directory / f"{words}-{_hash(mountpoint)[:8]}.log"
+
+
+def canonical(path: str | os.PathLike[str]) -> str:
+    """The absolute path without symbolic links; asks nothing of a mount that sits there.
+
+    readlink(2) of a directory is refused by the kernel itself, so a mountpoint's daemon is not
+    asked; lstat(2) would ask it.
+    """
+    current = os.path.abspath(path)
+    for _ in range(40):  # as the kernel does, ELOOP
+        parent, name = os.path.split(current)
+        current = os.path.join(os.path.realpath(parent), name)
+        try:
+            target = os.readlink(current)
+        except OSError:
+            return current
+        current = os.path.abspath(os.path.join(os.path.dirname(current), target))
+    return current
+
+
+def _hash(mountpoint: str) -> str:
+    return hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
+
+
+def directory_for(mountpoint: str) -> Path:
+    """The run-time directory of a mount at this canonical mountpoint, existing or not."""
+    return _runtime_path() / _hash(mountpoint)
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What mount.json says. `directory` is where it was found."""
+
+    mountpoint: str
+    file: str
+    source: str
+    keeper: int
+    worker: int
+    log: str
+    directory: str
+
+    @property
+    def control(self) -> str:
+        return os.path.join(self.directory, "control")
+
+    def is_dead(self) -> bool:
+        """Nobody listens: the daemon is gone. A daemon that hangs is not dead."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)  # a full backlog says EAGAIN: somebody is there
+            try:
+                probe.connect(self.control)
+            except (ConnectionRefusedError, FileNotFoundError):
+                return True
+            except OSError:
+                return False
+        return False
+
+
+class Claim:
+    """The run-time directory of one mount, held by a lock until release() or the process's end."""
+
+    def __init__(self, directory: Path, fd: int) -> None:
+        self.directory = directory
+        self.fd = fd
+
+    def listen(self) -> socket.socket:
+        """The control socket, mode 0600, listening. Raises OSError."""
+        path = self.directory / "control"
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        os.fchmod(listener.fileno(), 0o600)  # before bind: there is no moment of another mode
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(64)
+        return listener
+
+    def record(
+        self, *, mountpoint: str, file: str, source: str, keeper: int, worker: int, log: str
+    ) -> Mount:
+        """Write mount.json, whole or not at all."""
+        mount = Mount(mountpoint, file, source, keeper, worker, log, str(self.directory))
+        temporary = self.directory / "mount.json.new"
+        temporary.write_text(json.dumps(_as_record(mount)))
+        temporary.replace(self.directory / "mount.json")
+        return mount
+
+    def release(self) -> None:
+        """Remove the directory and let go of the lock. Idempotent."""
+        if self.fd < 0:
+            return
+        for name in ("mount.json", "mount.json.new", "control"):
+            (self.directory / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
+        os.close(self.fd)
+        self.fd = -1
+
+
+def claim(mountpoint: str) -> Claim:
+    """Take the run-time directory of a canonical mountpoint.
+
+    Raises MountsError when a live daemon has it, or where it cannot be made safe.
+    """
+    try:
+        root = _private(_runtime_path())
+    except OSError as exc:
+        raise MountsError(f"{_runtime_path()}: {exc.strerror}; set XDG_RUNTIME_DIR") from None
+    directory = root / _hash(mountpoint)
+    if len(os.fsencode(directory / "control")) > MAXIMUM_SOCKET_PATH:
+        raise MountsError(f"{root}: too long for a socket's path; use a shorter directory")
+    while True:
+        _private(directory)
+        try:
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # its last holder removed it between the two lines
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise MountsError(
+                f"{mountpoint}: a healfs daemon serves it already; see healfs status {mountpoint}"
+            ) from None
+        if os.fstat(fd).st_nlink:
+            return Claim(directory, fd)
+        os.close(fd)  # what was locked is the removed directory of the last holder
+
+
+def _as_record(mount: Mount) -> dict[str, object]:
+    values = asdict(mount)
+    del values["directory"]
+    values["pids"] = {"keeper": values.pop("keeper"), "worker": values.pop("worker")}
+    return values
+
+
+def _read(directory: str) -> Mount | None:
+    """None for what is no (whole) record."""
+    try:
+        # NOFOLLOW and NONBLOCK: root reads the directories of users, who may put a FIFO there.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(os.path.join(directory, "mount.json"), flags)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return None
+            values = json.loads(file.read(_MAXIMUM_RECORD))
+        pids = values["pids"]
+        return Mount(
+            mountpoint=str(values["mountpoint"]),
+            file=str(values["file"]),
+            source=str(values["source"]),
+            keeper=int(pids["keeper"]),
+            worker=int(pids["worker"]),
+            log=str(values["log"]),
+            directory=directory,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def list_mounts() -> list[Mount]:
+    """All mounts of this user, by mountpoint; root sees those of logged-in users too.
+
+    The dead ones are among them: ask is_dead().
+    """
+    roots = [str(_runtime_path())]
+    if os.geteuid() == 0 and "HEALFS_RUNTIME_DIR" not in os.environ:
+        roots += glob.glob("/run/user/*/healfs")
+    found = []
+    for root in roots:
+        try:
+            names = os.listdir(root)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+                raise MountsError(f"{root}: {exc.strerror}") from None
+            continue
+        found += [_read(os.path.join(root, name)) for name in names]
+    return sorted((m for m in found if m is not None), key=lambda mount: mount.mountpoint)
+
+
+def find(path: str | os.PathLike[str]) -> Mount:
+    """The mount with this mountpoint or disk file. Raises MountsError."""
+    mounts = list_mounts()
+    plain = os.path.abspath(path)
+    parent, name = os.path.split(plain)
+
+    def match(candidate: str) -> Mount | None:
+        return next((m for m in mounts if candidate in (m.mountpoint, m.file)), None)
+
+    # In this order: each line looks only at directories above what the line before has ruled out.
+    found = match(plain) or match(os.path.join(canonical(parent), name)) or match(canonical(plain))
+    if found is None:
+        raise MountsError(f"{path}: not a healfs mount; healfs list shows which there are")
+    return found
+
+
+def clear_dead(mount: Mount) -> None:
+    """Remove the run-time files of a daemon that is gone."""
+    try:
+        claimed = Claim(Path(mount.directory), os.open(mount.directory, os.O_RDONLY))
+    except OSError:
+        return
+    try:
+        fcntl.flock(claimed.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(claimed.fd)
+        return
+    claimed.release()

@@ -1,0 +1,289 @@
+"""The control socket: QMP over a Unix socket, for the owner of the mount and root."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from healfs.control import qmp
+
+log = logging.getLogger(__name__)
+
+_READ_SIZE = 4096  # small, so that one client's flood yields to the disk's work often
+
+
+class CommandError(Exception):
+    """A handler's refusal, in one line for the operator; `cls` is the QMP error class."""
+
+    def __init__(self, desc: str, cls: str = "GenericError") -> None:
+        super().__init__(desc)
+        self.desc = desc
+        self.cls = cls
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end, as the kernel says (SO_PEERCRED, unix(7))."""
+
+    uid: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument's JSON type: str, bool, int, float (any number), dict or list."""
+
+    type: type
+    optional: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return self.type is bool
+        return isinstance(value, (int, float) if self.type is float else self.type)
+
+
+Handler = Callable[[dict[str, Any], Peer], Any | Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """A command: its handler and the arguments it declares. All others are refused."""
+
+    handler: Handler
+    arguments: Mapping[str, Argument] = field(default_factory=dict)
+
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Raises CommandError."""
+        for name, value in arguments.items():
+            declared = self.arguments.get(name)
+            if declared is None:
+                raise CommandError(f"Parameter '{name[:100]}' is unexpected")
+            if not declared.accepts(value):
+                raise CommandError(
+                    f"Invalid parameter type for '{name}', expected: {_JSON_TYPES[declared.type]}"
+                )
+        for name, declared in self.arguments.items():
+            if not declared.optional and name not in arguments:
+                raise CommandError(f"Parameter '{name}' is missing")
+
+
+_JSON_TYPES = {
+    str: "string",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    dict: "object",
+    list: "array",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of the server: connections; of each connection: messages waiting to be sent, and the
+    seconds that a client may take to read what was sent to it."""
+
+    connections: int = 32
+    output_messages: int = 256
+    send_seconds: float = 30.0
+
+
+class _Connection:
+    """One client. Replies wait for room in its queue; an event that finds none drops it."""
+
+    def __init__(self, server: ControlServer, stream: trio.SocketStream, peer: Peer) -> None:
+        self._server = server
+        self._stream = stream
+        self._peer = peer
+        self._queue, self._unsent = trio.open_memory_channel[bytes](server.limits.output_messages)
+        self._scope = trio.CancelScope()
+        self.negotiated = False
+
+    async def run(self) -> None:
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                await self._reply(qmp.greeting(self._server.version))
+                await self._read()
+                await self._queue.aclose()  # the writer ends when it has sent the rest
+
+    def push(self, line: bytes) -> None:
+        """Queue an event."""
+        try:
+            self._queue.send_nowait(line)
+        except trio.WouldBlock:
+            log.warning("control: pid %d does not read, dropped", self._peer.pid)
+            self._scope.cancel()
+        except trio.ClosedResourceError:
+            pass
+
+    async def _write(self) -> None:
+        async for line in self._unsent:
+            try:
+                with trio.fail_after(self._server.limits.send_seconds):
+                    await self._stream.send_all(line)
+            except (trio.BrokenResourceError, trio.TooSlowError):
+                self._scope.cancel()
+                return
+
+    async def _read(self) -> None:
+        splitter = qmp.Splitter()
+        try:
+            while data := await self._stream.receive_some(_READ_SIZE):
+                for message in splitter.feed(data):
+                    if isinstance(message, qmp.ProtocolError):
+                        await self._reply(qmp.failure(message.desc))
+                        if message.fatal:
+                            return
+                    else:
+                        await self._command(message)
+        except trio.BrokenResourceError:
+            self._scope.cancel()
+
+    async def _reply(self, message: dict[str, Any]) -> None:
+        await self._queue.send(qmp.encode(message))
+
+    async def _command(self, message: bytes) -> None:
+        try:
+            command = qmp.parse_command(message)
+        except qmp.ProtocolError as exc:
+            await self._reply(qmp.failure(exc.desc, of=exc))
+            return
+        try:
+            value = await self._execute(command)
+            reply = qmp.encode(qmp.success(value, command))
+        except CommandError as exc:
+            reply = qmp.encode(qmp.failure(exc.desc, exc.cls, command))
+        except Exception as exc:
+            # A fault in a command is the command's: neither the disk nor the other clients pay.
+            log.exception("control: %s failed", command.name)
+            desc = f"internal error in {command.name}: {type(exc).__name__}; see the log"
+            reply = qmp.encode(qmp.failure(desc, of=command))
+        await self._queue.send(reply)
+
+    async def _execute(self, command: qmp.Command) -> Any:
+        if command.name == "qmp_capabilities":
+            return self._negotiate(command.arguments)
+        if not self.negotiated:
+            raise CommandError(
+                "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
+            )
+        verb = self._server.commands.get(command.name)
+        if verb is None:
+            raise CommandError(
+                f"The command {command.name[:100]} has not been found", "CommandNotFound"
+            )
+        verb.check(command.arguments)
+        value = verb.handler(command.arguments, self._peer)
+        return await value if inspect.isawaitable(value) else value
+
+    def _negotiate(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if self.negotiated:
+            raise CommandError(
+                "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
+            )
+        _NEGOTIATION.check(arguments)
+        if arguments.get("enable"):
+            raise CommandError("Capability not available: none is offered")
+        self.negotiated = True
+        return {}
+
+
+_NEGOTIATION = Verb(lambda arguments, peer: {}, {"enable": Argument(list, optional=True)})
+
+
+class ControlServer:
+    """Serves `commands` (and query-commands, query-version, qmp_capabilities) as QMP.
+
+    A handler returns what JSON can say, or an awaitable of it; the commands of one connection
+    run one after the other, those of different connections side by side. `owner` is the uid
+    that may connect beside root.
+    """
+
+    def __init__(
+        self,
+        commands: Mapping[str, Verb],
+        *,
+        version: str,
+        owner: int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.version = version
+        self.limits = limits or Limits()
+        self._allowed = {0, os.geteuid() if owner is None else owner}
+        self._connections: set[_Connection] = set()
+        self.commands: dict[str, Verb] = {
+            **commands,
+            "query-commands": Verb(lambda arguments, peer: self._names()),
+            "query-version": Verb(lambda arguments, peer: qmp.version(version)),
+        }
+
+    def _names(self) -> list[dict[str, str]]:
+        return [{"name": name} for name in sorted((*self.commands, "qmp_capabilities"))]
+
+    @property
+    def connected(self) -> int:
+        """The connections there are, for status."""
+        return len(self._connections)
+
+    def emit(self, name: str, data: Mapping[str, Any]) -> None:
+        """Send an event to every client that has negotiated. Never blocks."""
+        line = qmp.encode(qmp.event(name, dict(data), time.time()))
+        for connection in tuple(self._connections):
+            if connection.negotiated:
+                connection.push(line)
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve until cancelled. The listening socket stays the caller's."""
+        # A duplicate: trio sets it non-blocking and closes it, the keeper passes it on again.
+        listening = trio.socket.from_stdlib_socket(listener.dup())
+        with listening:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    try:
+                        client, _ = await listening.accept()
+                    except OSError as exc:  # EMFILE, ENFILE, ENOMEM: passing troubles
+                        log.warning("control: accept: %s", exc)
+                        await trio.sleep(0.1)
+                        continue
+                    stream = trio.SocketStream(client)
+                    if (peer := self._admit(client)) is None:
+                        await stream.aclose()
+                        continue
+                    connection = _Connection(self, stream, peer)
+                    self._connections.add(connection)
+                    nursery.start_soon(self._run, connection, stream)
+
+    async def _run(self, connection: _Connection, stream: trio.SocketStream) -> None:
+        try:
+            async with stream:
+                await connection.run()
+        except Exception:
+            log.exception("control: a connection failed")
+        finally:
+            self._connections.discard(connection)
+
+    def _admit(self, client: trio.socket.SocketType) -> Peer | None:
+        raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+        pid, uid, _ = struct.unpack("iII", raw)
+        if uid not in self._allowed:
+            refusal = "only root and the owner of the mount may connect"
+        elif len(self._connections) >= self.limits.connections:
+            refusal = f"too many connections: the limit is {self.limits.connections}"
+        else:
+            return Peer(uid, pid)
+        log.warning("control: pid %d of uid %d refused: %s", pid, uid, refusal)
+        try:
+            # Non-blocking; a new socket's buffer has room for a line.
+            os.write(client.fileno(), qmp.encode(qmp.failure(refusal)))
+        except OSError:
+            pass
+        return None

@@ -1,0 +1,99 @@
+"""Which outstanding writes touch the same bytes.
+
+A hierarchy of grids: a range lives on the finest grid whose cells are at least as long as it
+is, so in one or two cells, whatever its length; a look-up visits the cells of each grid in use
+that the asked range touches. Both cost the same with ten ranges outstanding or with ten
+thousand (a tree would pay log n, a sorted list a memmove).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+
+class Range(Protocol):
+    """Anything with a half-open byte range."""
+
+    start: int
+    end: int
+
+
+_FINEST = 12  # 4 KiB: most requests
+_STEP = 4  # sixteen cells of one grid make a cell of the next
+
+
+def _grid_of(length: int) -> int:
+    shift = _FINEST
+    while length > 1 << shift:
+        shift += _STEP
+    return shift
+
+
+class Overlap:
+    """An index of ranges; empty ranges are in no cell and overlap nothing."""
+
+    def __init__(self) -> None:
+        self._grids: dict[int, dict[int, list[Range]]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, item: Range) -> None:
+        start, end = item.start, item.end
+        if start >= end:
+            return
+        shift = _FINEST if end - start <= 4096 else _grid_of(end - start)
+        grid = self._grids.get(shift)
+        if grid is None:
+            grid = self._grids[shift] = {}
+        for cell in range(start >> shift, (end - 1 >> shift) + 1):
+            items = grid.get(cell)
+            if items is None:
+                grid[cell] = [item]
+            else:
+                items.append(item)
+        self._count += 1
+
+    def remove(self, item: Range) -> None:
+        """Raises KeyError or ValueError for what is not in it: a bug of the caller."""
+        start, end = item.start, item.end
+        if start >= end:
+            return
+        shift = _FINEST if end - start <= 4096 else _grid_of(end - start)
+        grid = self._grids[shift]
+        for cell in range(start >> shift, (end - 1 >> shift) + 1):
+            items = grid[cell]
+            if len(items) == 1:
+                if items[0] is not item:
+                    raise ValueError("not in the index")
+                del grid[cell]
+            else:
+                items.remove(item)
+        self._count -= 1
+        if not grid:
+            del self._grids[shift]
+
+    def find(self, start: int, end: int) -> list[Range]:
+        """The ranges that overlap [start, end), each once, in no order."""
+        if not self._count or start >= end:
+            return []
+        found: list[Range] = []
+        for shift, grid in self._grids.items():
+            first, last = start >> shift, end - 1 >> shift
+            if first == last:
+                items = grid.get(first)
+                if items is not None:
+                    found += [x for x in items if x.start < end and start < x.end]
+                continue
+            cells: Iterable[int] = range(first, last + 1)
+            if len(grid) < last - first:
+                cells = [cell for cell in grid if first <= cell <= last]
+            seen: dict[int, Range] = {}
+            for cell in cells:
+                for x in grid.get(cell, ()):
+                    if x.start < end and start < x.end:
+                        seen[id(x)] = x
+            found += seen.values()
+        return found

@@ -1,0 +1,111 @@
+"""Request: the one currency of the house, from the channel to the backend and back."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+
+class Kind(enum.IntEnum):
+    """Request kinds: virtio-blk's IN, OUT, FLUSH, DISCARD, WRITE_ZEROES (virtio 1.2, 5.2.6)."""
+
+    READ = 0
+    WRITE = 1
+    FLUSH = 2
+    DISCARD = 3
+    WRITE_ZEROES = 4
+
+
+class Phase(enum.IntEnum):
+    """Where a request is. A request is answered exactly once (promise 1)."""
+
+    NEW = 0
+    WAITING = 1  # behind an older overlapping write
+    PARKED = 2  # accepted, to be sent when the backend is there
+    IN_FLIGHT = 3  # handed to the backend
+    DONE = 4  # answered and out of the backend's hands
+
+
+# What becomes of a request: (request, errno or 0, the bytes read or None). The bytes are only
+# valid until the callback returns: whoever wants them later copies them.
+Done = Callable[["Request", int, "memoryview | bytes | bytearray | None"], None]
+
+
+class Request:
+    """One request: offset and length in bytes, any alignment.
+
+    `data` is the payload of a WRITE and must stay as it is until the engine lets it go.
+    `fua` asks that the write be on stable storage before it is answered; `may_unmap` allows a
+    WRITE_ZEROES to deallocate. The fields below the line belong to the engine.
+    """
+
+    __slots__ = (
+        "answered",
+        "arrived",
+        "attempts",
+        "blockers",
+        "caller",
+        "data",
+        "end",
+        "errno",
+        "first_error",
+        "fua",
+        "indexed",
+        "kind",
+        "length",
+        "may_unmap",
+        "offset",
+        "on_answer",
+        "order",
+        "owner",
+        "phase",
+        "retry_at",
+        "sent",
+        "start",
+        "tag",
+        "waiters",
+    )
+
+    def __init__(
+        self,
+        kind: Kind,
+        offset: int,
+        length: int,
+        on_answer: Done,
+        *,
+        data: memoryview | bytes | bytearray | None = None,
+        fua: bool = False,
+        may_unmap: bool = False,
+        tag: int = 0,
+        owner: Any = None,
+    ) -> None:
+        self.kind = kind
+        self.offset = offset
+        self.length = length
+        self.on_answer = on_answer
+        self.data = data
+        self.fua = fua
+        self.may_unmap = may_unmap
+        self.tag = tag  # the frontend's name for it (FUSE: the unique id)
+        self.owner = owner  # the frontend's own (the payload's slot, the caller)
+        self.caller = 0  # thread id of who asked, once the request has to wait
+        # --- the engine's ---
+        self.phase = Phase.NEW
+        self.answered = False
+        self.order = 0
+        self.arrived = 0.0
+        self.sent = 0.0
+        self.first_error = 0.0
+        self.errno = 0
+        self.attempts = 0
+        self.retry_at = 0.0
+        self.blockers = 0
+        self.waiters: list[Request] | None = None
+        self.indexed = False
+        self.start = offset  # the range that counts for the order: whole minimum blocks
+        self.end = offset + length
+
+    def __repr__(self) -> str:
+        fua = " FUA" if self.fua else ""
+        return f"<{self.kind.name} {self.offset}+{self.length}{fua} {self.phase.name.lower()}>"

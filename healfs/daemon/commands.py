@@ -1,0 +1,238 @@
+"""The QMP verbs of a mount: QEMU's names where QEMU has them, healfs's own beside them."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from healfs import __version__
+from healfs.control.server import Argument, CommandError, Peer, Verb
+from healfs.core.policy import Action, Policy, PolicyError
+from healfs.core.states import State
+from healfs.daemon.sources import device_for
+
+if TYPE_CHECKING:
+    from healfs.daemon.worker import Worker
+
+BUSY_SHOWN = 5  # processes named when a mount is in use
+_EMPTY_LOG = {
+    "enabled": False,
+    "reason": "not in this version",
+    "requests": 0,
+    "bytes": 0,
+    "limit_requests": 0,
+    "limit_bytes": 0,
+}
+
+
+def verbs(worker: Worker) -> dict[str, Verb]:
+    """The command table of the control server."""
+    return {
+        "query-status": Verb(lambda arguments, peer: query_status(worker)),
+        "query-block": Verb(lambda arguments, peer: query_block(worker)),
+        "query-blockstats": Verb(lambda arguments, peer: query_blockstats(worker)),
+        "stop": Verb(lambda arguments, peer: stop(worker)),
+        "cont": Verb(lambda arguments, peer: cont(worker)),
+        "healfs-query-status": Verb(lambda arguments, peer: status(worker)),
+        "healfs-set-policy": Verb(
+            lambda arguments, peer: set_policy(worker, arguments, peer),
+            {"read": Argument(dict, optional=True), "write": Argument(dict, optional=True)},
+        ),
+        "healfs-umount": Verb(
+            lambda arguments, peer: umount(worker, bool(arguments.get("force", False))),
+            {"force": Argument(bool, optional=True)},
+        ),
+    }
+
+
+def status(worker: Worker) -> dict[str, Any]:
+    """The object that `healfs status --json` prints (healfs(1), "Status")."""
+    engine = worker.engine.status()
+    seconds = engine["state_seconds"]
+    assert isinstance(seconds, float)
+    mountpoint = worker.config.mountpoint
+    ring = worker.channel.ring
+    limits = dict(engine.pop("limits"))  # type: ignore[call-overload]
+    limits |= {
+        "payload_bytes": {"used": ring.used, "limit": ring.size},
+        "payload_overflow_bytes": {"used": ring.overflow, "limit": worker.channel.overflow_limit},
+        "background_requests": {
+            "used": len(worker.channel.held),
+            "limit": worker.channel.max_background,
+        },
+        "control_connections": {
+            "used": worker.control.connected,
+            "limit": worker.control.limits.connections,
+        },
+    }
+    geometry = worker.geometry
+    notes = list(geometry.notes) if geometry else []
+    if unknown := worker.callers.unknown(worker.channel.held):
+        notes.append(f"{unknown} waiting requests are of processes that cannot be named")
+    if worker.parent.gone.is_set():
+        notes.append("the keeper is gone: the worker's death is not survived")
+    return {
+        "mountpoint": mountpoint,
+        "file": os.path.join(mountpoint, worker.config.name),
+        "source": worker.config.source,
+        "control": os.path.join(worker.parent.greeting["directory"], "control"),
+        "log": worker.parent.greeting["log"],
+        "device": worker.config.device,
+        "pids": {"keeper": os.getppid(), "worker": os.getpid()},
+        "since": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat("T", "seconds"),
+        **engine,
+        "write_log": _EMPTY_LOG,
+        "limits": limits,
+        "notes": notes,
+        "version": __version__,
+    }
+
+
+def query_status(worker: Worker) -> dict[str, Any]:
+    """QEMU's run states, as near as a disk comes to them."""
+    state = worker.engine.state
+    if state is State.PAUSED:
+        names = {"operator": "paused", "policy": "io-error"}
+        return {"running": False, "status": names[worker.engine.paused_by]}
+    if state is State.FAULTED:
+        return {"running": False, "status": "internal-error"}
+    return {"running": True, "status": "running"}
+
+
+def query_block(worker: Worker) -> list[dict[str, Any]]:
+    engine, config = worker.engine, worker.config
+    ok = engine.state in (State.READY, State.CONNECTING)
+    return [
+        {
+            "device": config.name,
+            "qdev": config.device,
+            "type": "unknown",
+            "locked": False,
+            "removable": False,
+            "io-status": "ok" if ok else "nospace" if engine.no_space else "failed",
+            "inserted": {
+                "file": config.source,
+                "node-name": config.name,
+                "drv": "raw",
+                "ro": config.read_only,
+                "image": {
+                    "filename": config.source,
+                    "format": "raw",
+                    "virtual-size": engine.size,
+                },
+            },
+        }
+    ]
+
+
+def query_blockstats(worker: Worker) -> list[dict[str, Any]]:
+    totals: Any = worker.engine.status()["totals"]
+    read, write, flush = totals["read"], totals["write"], totals["flush"]
+    unmap = [totals["discard"], totals["write_zeroes"]]
+    stats = {
+        "rd_bytes": read["bytes"],
+        "rd_operations": read["requests"] - read["errors"],
+        "failed_rd_operations": read["errors"],
+        "wr_bytes": write["bytes"],
+        "wr_operations": write["requests"] - write["errors"],
+        "failed_wr_operations": write["errors"],
+        "flush_operations": flush["requests"] - flush["errors"],
+        "failed_flush_operations": flush["errors"],
+        "unmap_bytes": sum(kind["bytes"] for kind in unmap),
+        "unmap_operations": sum(kind["requests"] - kind["errors"] for kind in unmap),
+        "failed_unmap_operations": sum(kind["errors"] for kind in unmap),
+    }
+    return [{"device": worker.config.name, "node-name": worker.config.name, "stats": stats}]
+
+
+def stop(worker: Worker) -> dict[str, Any]:
+    """Answers at once, in an outage too; the event HEALFS_DRAINED tells of the drain."""
+    if worker.engine.state is State.FAULTED:
+        raise CommandError("the disk is faulted by an internal error; see the log")
+    worker.engine.pause()
+    return {}
+
+
+def cont(worker: Worker) -> dict[str, Any]:
+    worker.engine.resume()
+    worker.commit()
+    return {}
+
+
+def set_policy(worker: Worker, arguments: dict[str, Any], peer: Peer) -> dict[str, Any]:
+    """Change the given keys of the policy; returns the whole one."""
+    old = worker.engine.policy
+    try:
+        new = old.change(_fields(arguments.get("read")), _fields(arguments.get("write")))
+    except (PolicyError, TypeError) as exc:
+        raise CommandError(str(exc)) from None
+    if new != old:
+        worker.event(
+            "HEALFS_POLICY_CHANGED",
+            {"uid": peer.uid, "pid": peer.pid, "from": old.as_dict(), "to": new.as_dict()},
+        )
+    worker.engine.set_policy(new)
+    worker.commit()
+    return Policy.as_dict(new)
+
+
+def _fields(given: dict[str, Any] | None) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for key, value in (given or {}).items():
+        if key in ("error", "then"):
+            try:
+                fields[key] = Action(value)
+            except ValueError:
+                names = ", ".join(Action)
+                raise CommandError(f"{key}: {value!r} is none of {names}") from None
+        elif key in ("retry_interval", "retry_timeout"):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise CommandError(f"{key}: {value!r} is not a number of seconds")
+            fields[key] = float(value)
+        else:
+            raise CommandError(f"{key}: not part of a policy")
+    return fields
+
+
+async def umount(worker: Worker, force: bool) -> dict[str, Any]:
+    from healfs.daemon.worker import UnmountError
+
+    try:
+        given_up = await worker.umount(force=force)
+    except (UnmountError, OSError) as exc:
+        raise CommandError(str(exc)) from None
+    worker.end_soon()
+    return {"given_up": given_up}
+
+
+def busy_text(mountpoint: str, error: OSError) -> str:
+    """Why it cannot be unmounted, with the processes that have the file open."""
+    if error.errno != 16:
+        return str(error)
+    users = _users_of(mountpoint)
+    shown = ", ".join(users[:BUSY_SHOWN]) or "a process that cannot be seen"
+    more = f" and {len(users) - BUSY_SHOWN} more" if len(users) > BUSY_SHOWN else ""
+    return f"{mountpoint}: in use by {shown}{more}; end them first, or use --force"
+
+
+def _users_of(mountpoint: str) -> list[str]:
+    """readlink in /proc names the files without touching them."""
+    users = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            links = [f"/proc/{name}/cwd"]
+            links += [f"/proc/{name}/fd/{fd}" for fd in os.listdir(f"/proc/{name}/fd")]
+            targets = {os.readlink(link) for link in links}
+            if any(t == mountpoint or t.startswith(mountpoint + "/") for t in targets):
+                with open(f"/proc/{name}/comm") as comm:
+                    users.append(f"{comm.read().strip()} (pid {name})")
+        except OSError:
+            continue  # gone, or not ours to see
+    return users
+
+
+__all__ = ["busy_text", "device_for", "verbs"]

@@ -1,0 +1,230 @@
+"""The keeper: holds the FUSE descriptor, both INIT messages and the control socket, starts the
+worker, mounts and unmounts for it, and cleans up behind it.
+
+Standard library only, one blocking loop, and it never touches the backend or the mounted files.
+Started by `healfs mount` as `python -m healfs.daemon.keeper READY_FD` with the mount's
+configuration on standard input.
+
+Messages on the socket to the worker are JSON objects, one a packet. From the worker:
+{"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "init", "request": hex, "reply": hex},
+{"do": "ready"}; the first two get a reply, {"ok": true} (a mount's with the descriptor) or
+{"error": text, "errno": n}. To the worker: {"event": "terminate"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+from healfs.control import mounts
+from healfs.fuse import mount
+
+STOP_SECONDS = 5.0  # an orderly end takes at most this long
+PR_SET_IO_FLUSHER = 57
+OOM_SCORE = -900
+PACKET = 1 << 16
+
+
+class Keeper:
+    def __init__(self, config: dict[str, Any], text: str, ready: int) -> None:
+        self.config = config
+        self.text = text
+        self.ready = ready
+        self.mountpoint = str(config["mountpoint"])
+        self.fuse = -1
+        self.init: dict[str, str] = {}
+        self.log = "stderr"
+        self.kill_at: float | None = None
+
+    def run(self) -> int:
+        """The exit status: 0 after an orderly unmount, 2 for bad input, else 1."""
+        try:
+            self.claim = mounts.claim(self.mountpoint)
+        except mounts.MountsError as exc:
+            return self._refuse(str(exc), 2)
+        try:
+            try:
+                self._open_log()
+                listener = self.claim.listen()
+            except OSError as exc:
+                return self._refuse(f"{exc.filename or self.claim.directory}: {exc.strerror}", 1)
+            _kernel_manners()
+            return self._serve(listener)
+        finally:
+            self.claim.release()
+
+    def _refuse(self, message: str, status: int) -> int:
+        report = {"event": "error", "message": message, "status": status}
+        os.write(self.ready, json.dumps(report).encode() + b"\n")
+        return status
+
+    def _open_log(self) -> None:
+        """Gone to the background, the log is all that is left of the standard streams."""
+        if self.config.get("foreground"):
+            if os.environ.get("JOURNAL_STREAM"):
+                self.log = "journal"
+            return
+        path = mounts.log_path(self.mountpoint)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self.log = str(path)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(null, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        os.close(null)
+        os.chdir("/")
+
+    def say(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):
+            os.write(2, f"{stamp} keeper: {text}\n".encode())
+
+    def _serve(self, listener: socket.socket) -> int:
+        wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_write)
+        for number in signal.SIGTERM, signal.SIGINT:
+            signal.signal(number, lambda *_: None)
+        if not self.config.get("foreground"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fds = {"listener": listener.fileno(), "keeper": theirs.fileno(), "ready": self.ready}
+        self.worker = subprocess.Popen(
+            [sys.executable, "-m", "healfs.daemon.worker", json.dumps(fds)],
+            pass_fds=tuple(fds.values()),
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        os.close(self.ready)  # the worker's now: its death is seen as the end of the pipe
+        self._tell({"config": self.text, "log": self.log, "directory": str(self.claim.directory)})
+        pidfd = os.pidfd_open(self.worker.pid)
+        poll = select.poll()
+        for fd in wake_read, pidfd, self.socket.fileno():
+            poll.register(fd, select.POLLIN)
+        while True:
+            wait = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
+            events = dict(poll.poll(None if wait is None else wait * 1000))
+            if wake_read in events:
+                os.read(wake_read, 64)
+                self._terminate()
+            if self.socket.fileno() in events and not self._message():
+                poll.unregister(self.socket.fileno())
+            if pidfd in events:
+                return self._worker_ended(self.worker.wait())
+            if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                self.say("the worker did not end in time: killed")
+                self.kill_at = time.monotonic() + STOP_SECONDS
+                self._abort()
+                self.worker.kill()
+
+    def _terminate(self) -> None:
+        if self.kill_at is None:
+            self.kill_at = time.monotonic() + STOP_SECONDS
+            self._tell({"event": "terminate"})
+
+    def _tell(self, message: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+        with contextlib.suppress(OSError):  # it has died: its pidfd tells
+            socket.send_fds(self.socket, [json.dumps(message).encode()], fds)
+
+    def _message(self) -> bool:
+        try:
+            packet = self.socket.recv(PACKET)
+        except OSError:
+            return False
+        if not packet:
+            return False
+        message = json.loads(packet)
+        match message["do"]:
+            case "mount":
+                self._mount()
+            case "umount":
+                self._unmount(bool(message["lazy"]))
+            case "init":
+                self.init = {"request": message["request"], "reply": message["reply"]}
+        return True
+
+    def _mount(self) -> None:
+        source = str(self.config["source"])
+        try:
+            self.fuse = mount.mount(
+                self.mountpoint,
+                source,
+                allow_other=bool(self.config["allow_other"]),
+                read_only=bool(self.config["read_only"]),
+            )
+            self.claim.record(
+                mountpoint=self.mountpoint,
+                file=os.path.join(self.mountpoint, str(self.config["name"])),
+                source=source,
+                keeper=os.getpid(),
+                worker=self.worker.pid,
+                log=self.log,
+            )
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
+        else:
+            self._tell({"ok": True}, (self.fuse,))
+
+    def _unmount(self, lazy: bool) -> None:
+        try:
+            mount.unmount(self.mountpoint, lazy=lazy)
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
+        else:
+            self._tell({"ok": True})
+
+    def _abort(self) -> None:
+        """Answer everybody with ECONNABORTED, by the kernel, and take the mount away."""
+        if self.fuse < 0:
+            return
+        number = mount.connection_of(self.mountpoint)
+        if number is not None:
+            with contextlib.suppress(OSError):
+                abort = os.open(f"/sys/fs/fuse/connections/{number}/abort", os.O_WRONLY)
+                os.write(abort, b"1")
+                os.close(abort)
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                mount.unmount(self.mountpoint, lazy=True)
+        os.close(self.fuse)  # the last descriptor's end aborts the connection, too
+        self.fuse = -1
+
+    def _worker_ended(self, status: int) -> int:
+        if status == 0:
+            return 0
+        if self.fuse < 0:
+            return status if status == 2 else 1  # it said why on the ready pipe
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        self.say(f"the worker ended with {how}: {self.mountpoint} is taken away")
+        self._abort()
+        return 1
+
+
+def _kernel_manners() -> None:
+    """No memory reclaim through ourselves, and the last ones the OOM killer thinks of.
+
+    Both are inherited by the worker; neither is allowed to everybody.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(OOM_SCORE))
+
+
+def main() -> int:
+    ready = int(sys.argv[1])
+    os.set_inheritable(ready, False)
+    text = sys.stdin.read()
+    return Keeper(json.loads(text), text, ready).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The worker's end of the socket to the keeper."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any
+
+import trio
+
+PACKET = 1 << 16
+
+
+class ParentError(OSError):
+    """The keeper could not do it; `str(error)` is its one line."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class Parent:
+    """Requests to the keeper are answered in their order; one is under way at a time."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        first = self._socket.recv(PACKET)  # the keeper sends it right after the start
+        self.greeting: dict[str, Any] = json.loads(first)
+        self._socket.setblocking(False)
+        self._lock = trio.Lock()
+        self._to_reply, self._replies = trio.open_memory_channel[tuple[dict[str, Any], int]](16)
+        self.terminate = trio.Event()
+        self.gone = trio.Event()
+
+    async def listen(self) -> None:
+        """Take the keeper's messages until it is gone."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                packet, fds, _, _ = socket.recv_fds(self._socket, PACKET, 1)
+            except BlockingIOError:
+                continue
+            except OSError:
+                packet, fds = b"", []
+            if not packet:
+                self.gone.set()
+                await self._to_reply.aclose()
+                return
+            message = json.loads(packet)
+            if message.get("event") == "terminate":
+                self.terminate.set()
+            else:
+                for fd in fds:
+                    os.set_inheritable(fd, False)
+                await self._to_reply.send((message, fds[0] if fds else -1))
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send and forget."""
+        try:
+            self._socket.send(json.dumps(message).encode())
+        except OSError:
+            pass  # it is gone; `gone` tells
+
+    async def ask(self, message: dict[str, Any]) -> int:
+        """Send and wait; returns the descriptor that came with the reply, or -1.
+
+        Raises ParentError, also when the keeper is gone.
+        """
+        async with self._lock:
+            self.tell(message)
+            try:
+                reply, fd = await self._replies.receive()
+            except trio.EndOfChannel:
+                raise ParentError(5, "the keeper is gone") from None
+            if "error" in reply:
+                raise ParentError(reply["errno"], reply["error"])
+            return fd

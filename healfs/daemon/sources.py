@@ -1,0 +1,71 @@
+"""From what the operator wrote to a backend, and from a backend's answers to their meaning."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from healfs.backends.base import Backend, Geometry, SourceError
+from healfs.config import MountConfig, format_size
+from healfs.device import scsi, virtio_blk
+
+DEVICES: dict[str, ModuleType] = {"virtio-blk": virtio_blk, "scsi": scsi}
+
+
+def device_for(name: str) -> ModuleType:
+    """The module whose status or sense status and events name."""
+    return DEVICES[name]
+
+
+def backend_for(config: MountConfig) -> Backend:
+    """Not connected yet. Raises SourceError."""
+    backend = _plain_backend(config)
+    if config.fault is not None:
+        from healfs.backends.fault import FaultBackend
+
+        backend = FaultBackend(backend, config.fault)
+    from healfs.backends.align import AlignedBackend
+
+    return AlignedBackend(backend)
+
+
+def _plain_backend(config: MountConfig) -> Backend:
+    scheme, found, _ = config.source.partition("://")
+    if found and not config.source.startswith(("/", ".")):
+        if scheme.startswith("nbd"):
+            from healfs.backends.nbd import NbdBackend
+
+            return NbdBackend(config.source)
+        raise SourceError(
+            f"{config.source}: unknown scheme {scheme}; use a path, nbd:// or nbd+unix://"
+        )
+    from healfs.backends.file import FileBackend
+
+    return FileBackend(config.source, read_only=config.read_only, create=config.create)
+
+
+def check_geometry(geometry: Geometry, config: MountConfig) -> None:
+    """Is this a disk for this mount? Raises SourceError."""
+    source = config.source
+    if geometry.size <= 0:
+        raise SourceError(f"{source}: its size is 0; a disk needs at least one sector")
+    if geometry.read_only and not config.read_only:
+        raise SourceError(f"{source}: it is read-only; mount it with --read-only")
+    if config.size is not None and geometry.size < config.size:
+        have, want = format_size(geometry.size), format_size(config.size)
+        raise SourceError(f"{source}: it has {have}, --size says {want}")
+
+
+def mismatch(first: Geometry | None, now: Geometry, config: MountConfig) -> str:
+    """Why what came back is not the disk it was; "" if it is, as far as it can tell.
+
+    A disk that grew is the same one; the engine compares the size.
+    """
+    if now.read_only and not config.read_only:
+        return "it is read-only now"
+    if first is None:
+        return ""
+    for key, value in first.identity.items():
+        other = now.identity.get(key)
+        if other != value:
+            return f"its {key} is {other!r}, was {value!r}"
+    return ""

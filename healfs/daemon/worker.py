@@ -1,0 +1,440 @@
+"""The worker: the composition root. Wires channel, engine, backend and control, and drives them.
+
+Started by the keeper as `python -m healfs.daemon.worker FDS`, FDS a JSON object of descriptors:
+listener (the control socket), keeper (the socket to it), ready (the pipe to `healfs mount`).
+"""
+
+from __future__ import annotations
+
+import errno as e
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from logging.handlers import RotatingFileHandler
+from typing import Any
+
+import pyfuse3
+import trio
+
+from healfs import __version__
+from healfs.backends.base import Backend, Geometry, SourceError
+from healfs.config import MountConfig
+from healfs.control.server import ControlServer
+from healfs.core.engine import Engine
+from healfs.core.request import Kind, Request
+from healfs.core.states import State
+from healfs.daemon import commands, sources
+from healfs.daemon.parent import Parent, ParentError
+from healfs.fuse.callers import Callers
+from healfs.fuse.channel import Channel
+from healfs.fuse.namespace import Namespace
+
+log = logging.getLogger("healfs.worker")
+
+LOG_BYTES = 1 << 20  # then the log file is rotated; one old one is kept
+UNMOUNT_SECONDS = 5.0
+FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
+SEEK_SECONDS = 1.0  # an answer to SEEK_DATA is not worth waiting for: "all is data" is legal
+LOOK_SECONDS = 1.0  # between two looks at who waits
+DEVICE_NAMES = ("virtio-blk", "scsi")
+
+
+class UnmountError(Exception):
+    """Not unmounted; the text says what waits and what to do."""
+
+
+class Worker:
+    """Is the engine's Effects, too."""
+
+    def __init__(self, config: MountConfig, parent: Parent, ready: int, listener: int) -> None:
+        self.config = config
+        self.parent = parent
+        self.ready = ready
+        self.listener = socket.socket(fileno=listener)
+        self.started = time.time()
+        self.backend: Backend = sources.backend_for(config)
+        self.geometry: Geometry | None = None
+        self.engine = Engine(self, config.policy, time.monotonic, slow_after=config.slow_after)
+        self.control = ControlServer(commands.verbs(self), version=__version__)
+        self.channel: Channel
+        self.callers = Callers()
+        self._connect_wanted = trio.Event()
+        self._alarm: trio.CancelScope | None = None
+        self._alarm_at = math.inf
+        self._somebody_waits = trio.Event()
+        self._ending = trio.Lock()
+        self.ended = trio.Event()
+
+    # --- Effects ----------------------------------------------------------------------------
+
+    def send(self, request: Request) -> None:
+        self.backend.submit(request, self.engine.completed)
+
+    def release(self, request: Request) -> None:
+        if request.owner is not None:
+            self.channel.release(request)
+
+    def connect(self) -> None:
+        self._connect_wanted.set()
+
+    def close(self) -> None:
+        self.backend.close()
+
+    def wake_at(self, when: float) -> None:
+        self._alarm_at = when
+        if self._alarm is not None:
+            self._alarm.deadline = trio.current_time() + max(0.0, when - time.monotonic())
+
+    def event(self, name: str, data: dict[str, object]) -> None:
+        if name == "BLOCK_IO_ERROR":
+            errno = data.get("errno")
+            assert isinstance(errno, int)
+            describe = sources.device_for(self.config.device).describe
+            data = {"device": self.config.name, **data, "status": describe(errno)}
+            self._somebody_waits.set()
+        log.info("event %s %s", name, json.dumps(data))
+        self.control.emit(name, data)
+
+    # --- life -------------------------------------------------------------------------------
+
+    def report(self, **message: Any) -> None:
+        """One line to `healfs mount`."""
+        if self.ready >= 0:
+            try:
+                os.write(self.ready, json.dumps(message).encode() + b"\n")
+            except OSError:
+                pass  # it went away; the daemon stays
+
+    async def run(self) -> int:
+        """The exit status."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.parent.listen)
+            nursery.start_soon(self._terminate_early, nursery.cancel_scope)
+            status = await self._mount()
+            if status is None:
+                nursery.start_soon(self._terminate_on_request)
+                await self._serve()
+                status = 0
+            nursery.cancel_scope.cancel()
+        with trio.move_on_after(UNMOUNT_SECONDS):
+            await self.backend.aclose()
+        return status
+
+    async def _terminate_early(self, scope: trio.CancelScope) -> None:
+        """Before the mount, SIGTERM just ends the process."""
+        await self.parent.terminate.wait()
+        if not hasattr(self, "channel"):
+            scope.cancel()
+
+    async def _mount(self) -> int | None:
+        """None when mounted, else the exit status (the reason was reported)."""
+        try:
+            size = self.config.size
+            if not self.config.no_wait or size is None:
+                self.geometry = await self._first_connection()
+                size = self.geometry.size
+            fuse = await self.parent.ask({"do": "mount"})
+        except (SourceError, ParentError) as exc:
+            log.error("%s", exc)
+            status = 2 if isinstance(exc, SourceError) else 1
+            self.report(event="error", message=str(exc), status=status)
+            return status
+        read_only = self.config.read_only
+        self.engine.size = size
+        self.channel = Channel(
+            fuse, size, self.engine, self.commit, self._seek, read_only=read_only
+        )
+        self.channel.on_init = self._save_init
+        self.channel.on_interrupt = self._interrupted
+        self.channel.on_held = self._held
+        self.namespace = Namespace(self.config.name, size, read_only=read_only)
+        options = set(pyfuse3.default_options)
+        pyfuse3.init(self.namespace, f"/dev/fd/{self.channel.theirs.fileno()}", options)
+        return None
+
+    async def _first_connection(self) -> Geometry:
+        """Wait for an absent server, as long as it takes. Raises SourceError."""
+        pause, told = 0.05, ""
+        while True:
+            try:
+                geometry = await self.backend.connect()
+            except SourceError:
+                raise
+            except OSError as exc:
+                if str(exc) != told:
+                    told = str(exc)
+                    message = f"waiting for {self.backend.source}: {exc.strerror or exc}"
+                    self.report(event="waiting", message=message)
+                    log.warning("%s", message)
+                with trio.move_on_after(pause):
+                    await self.backend.wait_changed()
+                pause = min(1.0, pause * 2)
+                continue
+            sources.check_geometry(geometry, self.config)
+            return geometry
+
+    async def _serve(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._wake)
+            nursery.start_soon(self._link)
+            nursery.start_soon(pyfuse3.main)
+            nursery.start_soon(self._look_who_waits)
+            nursery.start_soon(self.control.serve, self.listener)
+            nursery.start_soon(self._until_unmounted)
+            self._report_ready()
+            await self.ended.wait()
+            nursery.cancel_scope.cancel()
+        self.channel.close()
+
+    def _report_ready(self) -> None:
+        file = os.path.join(self.config.mountpoint, self.config.name)
+        notes = self.geometry.notes if self.geometry else ()
+        self.report(event="ready", file=file, notes=notes)
+        os.close(self.ready)
+        self.ready = -1
+        log.info("mounted %s on %s, %d bytes", self.config.source, file, self.engine.size)
+
+    def _save_init(self, request: bytes, reply: bytes) -> None:
+        self.parent.tell({"do": "init", "request": request.hex(), "reply": reply.hex()})
+
+    # --- tasks ------------------------------------------------------------------------------
+
+    async def _until_unmounted(self) -> None:
+        while True:
+            try:
+                await self.channel.pump()
+                break
+            except* Exception:
+                # A mount is never taken down by a traceback: the disk is faulted, stat works.
+                log.exception("internal error in the channel")
+                self.engine.fault("the channel")
+        log.info("unmounted")
+        async with self._ending:
+            if not self.ended.is_set():  # by umount(8), from outside
+                await self._flush(UNMOUNT_SECONDS)
+                self.ended.set()
+
+    async def _wake(self) -> None:
+        while True:
+            with trio.CancelScope() as self._alarm:
+                self.wake_at(self._alarm_at)
+                await trio.sleep_forever()
+            self._alarm_at = math.inf
+            self.engine.wake()
+            self.commit()
+
+    def commit(self) -> None:
+        """End of a batch of requests."""
+        self.backend.commit()
+
+    async def _link(self) -> None:
+        """One connection after the other, as the engine asks for them."""
+        if self.geometry is not None:
+            self._connected(self.geometry)
+        else:
+            self.engine.start()
+        while True:
+            if self.engine.link_up:
+                try:
+                    error = await self.backend.serve()
+                except Exception as exc:
+                    log.exception("internal error in the backend: the connection is given up")
+                    error = OSError(e.EIO, f"internal error: {exc!r}")
+                self.engine.lost(error.errno or e.EIO, str(error.strerror or error))
+            await self._wait_until_wanted()
+            try:
+                geometry = await self.backend.connect()
+            except OSError as exc:
+                self.engine.connect_failed(exc.errno or e.EIO, str(exc.strerror or exc))
+            except Exception as exc:
+                log.exception("internal error in the backend's connect")
+                self.engine.connect_failed(e.EIO, f"internal error: {exc!r}")
+            else:
+                self._connected(geometry)
+
+    async def _wait_until_wanted(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._try_earlier)
+            await self._connect_wanted.wait()
+            nursery.cancel_scope.cancel()
+        self._connect_wanted = trio.Event()
+
+    async def _try_earlier(self) -> None:
+        await self.backend.wait_changed()
+        self.engine.try_now()
+
+    def _connected(self, geometry: Geometry) -> None:
+        mismatch = sources.mismatch(self.geometry, geometry, self.config)
+        self.engine.connected(
+            geometry.size,
+            align=geometry.minimum_block,
+            can_flush=geometry.can_flush,
+            mismatch=mismatch,
+        )
+        if not mismatch:
+            self.geometry = geometry
+        self.commit()
+
+    async def _seek(self, offset: int, whence: int) -> int | None:
+        """The next data or hole; -1: there is no more data. Never waits for the backend long."""
+        if self.engine.state is not State.READY or self.engine.writes_outstanding:
+            return None
+        size = self.engine.size
+        with trio.move_on_after(SEEK_SECONDS):
+            while offset < size:
+                extents = await self.backend.extents(offset, size - offset)
+                if not extents:
+                    return None
+                for extent in extents:
+                    end = extent.offset + extent.length
+                    if extent.hole is (whence == os.SEEK_HOLE) and end > offset:
+                        return max(offset, extent.offset)
+                offset = extents[-1].offset + extents[-1].length
+            return size if whence == os.SEEK_HOLE else -1
+        return None
+
+    # --- who waits --------------------------------------------------------------------------
+
+    def _held(self, request: Request) -> None:
+        self.callers.note(request)
+        self._somebody_waits.set()
+
+    def _interrupted(self, request: Request) -> None:
+        self._somebody_waits.set()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for request in self.callers.leaving(self.channel.held):
+            self.engine.cancel(request)
+        self.commit()
+
+    async def _look_who_waits(self) -> None:
+        while True:
+            await self._somebody_waits.wait()
+            self._somebody_waits = trio.Event()
+            while self.channel.held and self.engine.state is not State.READY:
+                self._let_go()
+                await trio.sleep(LOOK_SECONDS)
+
+    # --- the end ----------------------------------------------------------------------------
+
+    async def _terminate_on_request(self) -> None:
+        await self.parent.terminate.wait()
+        log.info("asked to end")
+        try:
+            given_up = await self.umount(force=True)
+            if given_up:
+                log.warning("given up: %s", json.dumps(given_up))
+        except UnmountError as exc:
+            log.error("%s", exc)
+        self.ended.set()
+
+    def end_soon(self) -> None:
+        """End after the answer to the command that asks for it."""
+        trio.lowlevel.spawn_system_task(self._end_after_answer)
+
+    async def _end_after_answer(self) -> None:
+        await trio.sleep(0.05)  # the reply is queued by then; the client waits for the keeper's end
+        self.ended.set()
+
+    async def umount(self, *, force: bool) -> dict[str, Any]:
+        """Flush and unmount; returns what was given up. Raises UnmountError.
+
+        The caller sets `ended`, with end_soon, once the answer is on its way.
+        """
+        async with self._ending:
+            flushed = await self._flush(FORCED_FLUSH_SECONDS if force else UNMOUNT_SECONDS)
+            if not flushed and not force:
+                raise UnmountError(self._what_waits())
+            given_up: dict[str, Any] = self.engine.fail_all() if force else {}
+            self.commit()
+            try:
+                await self._unmount(lazy=False)
+            except ParentError as exc:
+                if not force:
+                    raise UnmountError(commands.busy_text(self.config.mountpoint, exc)) from None
+                await self._unmount(lazy=True)
+            return given_up
+
+    async def _unmount(self, *, lazy: bool) -> None:
+        if self.parent.gone.is_set():
+            from healfs.fuse import mount
+
+            await trio.to_thread.run_sync(
+                lambda: mount.unmount(self.config.mountpoint, lazy=lazy), abandon_on_cancel=True
+            )
+        else:
+            await self.parent.ask({"do": "umount", "lazy": lazy})
+
+    def _what_waits(self) -> str:
+        status = self.engine.status()
+        requests = status["requests"]
+        assert isinstance(requests, dict)
+        waiting = requests["parked"] + requests["in_flight"]
+        why = status["reason"] or status["state"]
+        return (
+            f"{self.config.mountpoint}: the backend is away ({why}), {waiting} requests wait;"
+            " try again when it is back, or give them up with --force"
+        )
+
+    async def _flush(self, seconds: float) -> bool:
+        """Everything answered is on stable storage; False when that took too long."""
+        if self.config.read_only or self.engine.state is State.CONNECTING:
+            return True
+        answered = trio.Event()
+        errors: list[int] = []
+
+        def on_answer(request: Request, errno: int, data: object) -> None:
+            errors.append(errno)
+            answered.set()
+
+        request = Request(Kind.FLUSH, 0, 0, on_answer)
+        self.engine.submit(request)
+        self.commit()
+        with trio.move_on_after(seconds):
+            await answered.wait()
+        self.engine.cancel(request)
+        return errors == [0]
+
+
+def _set_up_log(where: str) -> None:
+    handler: logging.Handler
+    if where in ("stderr", "journal"):
+        handler = logging.StreamHandler()
+    else:
+        handler = RotatingFileHandler(where, maxBytes=LOG_BYTES, backupCount=1, delay=True)
+    # The journal has its own clock.
+    stamp = "" if where == "journal" else "%(asctime)s "
+    handler.setFormatter(logging.Formatter(stamp + "%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def main() -> int:
+    fds = json.loads(sys.argv[1])
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, signal.SIG_IGN)  # the keeper gets them, and tells us
+    for fd in fds.values():
+        os.set_inheritable(fd, False)
+    return trio.run(_main, fds)
+
+
+async def _main(fds: dict[str, int]) -> int:
+    parent = Parent(fds["keeper"])
+    _set_up_log(str(parent.greeting["log"]))
+    config = MountConfig.from_json(parent.greeting["config"])
+    try:
+        worker = Worker(config, parent, fds["ready"], fds["listener"])
+    except SourceError as exc:
+        report = {"event": "error", "message": str(exc), "status": 2}
+        os.write(fds["ready"], json.dumps(report).encode() + b"\n")
+        return 2
+    return await worker.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Who waits for an answer, and who of them is gone: a killed process is let go (promise 9).
+
+An INTERRUPT comes for synchronous callers only, and for any signal; only a caller that is
+leaving is answered, since any other would see an error that no disk gives. A killed libaio
+caller stays in state D until answered, a killed io_uring caller vanishes: nobody tells of
+these, so /proc is looked at now and then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from healfs.core.request import Request
+
+SIGKILL_BIT = 1 << 8
+PF_EXITING = 4
+UNKNOWN = 0  # the thread was gone before it was looked up, or is of another pid namespace
+
+
+def _fields(path: str) -> dict[str, str]:
+    with open(path, encoding="ascii", errors="replace") as status:
+        pairs = (line.split(":", 1) for line in status)
+        return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
+
+
+def process_of(thread: int) -> int:
+    """The Tgid of a thread; UNKNOWN if it is gone."""
+    try:
+        return int(_fields(f"/proc/{thread}/status")["Tgid"])
+    except (OSError, KeyError, ValueError):
+        return UNKNOWN
+
+
+def _thread_is_leaving(process: int, thread: str) -> bool:
+    base = f"/proc/{process}/task/{thread}"
+    try:
+        status = _fields(f"{base}/status")
+        if (int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)) & SIGKILL_BIT:
+            return True
+        with open(f"{base}/stat", encoding="ascii", errors="replace") as stat:
+            flags = int(stat.read().rpartition(")")[2].split()[6])
+        return bool(flags & PF_EXITING)
+    except (OSError, KeyError, ValueError, IndexError):
+        return True
+
+
+def is_leaving(process: int) -> bool:
+    """Gone, being killed, or exiting, with all its threads."""
+    try:
+        threads = os.listdir(f"/proc/{process}/task")
+    except OSError:
+        return True
+    return all(_thread_is_leaving(process, thread) for thread in threads)
+
+
+class Callers:
+    """The processes behind the requests that wait."""
+
+    def __init__(self) -> None:
+        self._process: dict[int, int] = {}  # by unique
+        self._of_thread: dict[int, int] = {}  # forgotten at each look: numbers are used again
+
+    def note(self, request: Request) -> int:
+        """Look up the process now, while its thread is still there."""
+        process = self._process.get(request.tag)
+        if process is None:
+            thread = request.caller
+            process = self._of_thread.get(thread)
+            if process is None:
+                process = process_of(thread) if thread else UNKNOWN
+                self._of_thread[thread] = process
+            self._process[request.tag] = process
+        return process
+
+    def leaving(self, held: Mapping[int, Request]) -> list[Request]:
+        """Those of the held requests whose caller is leaving; forgets the answered ones."""
+        self._of_thread = {}
+        self._process = {tag: p for tag, p in self._process.items() if tag in held}
+        by_process: dict[int, list[Request]] = {}
+        for request in held.values():
+            by_process.setdefault(self.note(request), []).append(request)
+        by_process.pop(UNKNOWN, None)
+        return [r for process, found in by_process.items() if is_leaving(process) for r in found]
+
+    def unknown(self, held: Iterable[int]) -> int:
+        """How many waiting requests nobody can be named for, for status."""
+        return sum(self._process.get(tag, -1) == UNKNOWN for tag in held)

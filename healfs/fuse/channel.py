@@ -1,0 +1,301 @@
+"""The channel: owns /dev/fuse. Data messages go to the engine, the rest to pyfuse3.
+
+Nothing here is a coroutine per request: `pump` drains many messages per wake-up, answers are
+written from the engine's callbacks. pyfuse3 sits at the other end of a SEQPACKET socketpair and
+takes it for an already mounted session.
+"""
+
+from __future__ import annotations
+
+import errno as e
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from healfs.core.request import Kind, Phase, Request
+from healfs.fuse import wire
+from healfs.fuse.payload import PayloadRing, Slot
+
+log = logging.getLogger("healfs.channel")
+
+READ, WRITE, FLUSH, WRITE_ZEROES = Kind.READ, Kind.WRITE, Kind.FLUSH, Kind.WRITE_ZEROES
+IN_FLIGHT = Phase.IN_FLIGHT
+BATCH = 64  # messages per wake-up, so that completions and control get their turn
+PASSED_ON = 2 << 20  # socket buffers towards pyfuse3, bytes
+DEFAULT_RING = 64 << 20
+
+
+class Sink(Protocol):
+    """Who takes the requests: the engine."""
+
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request: Request, errno: int = e.EINTR) -> None: ...
+
+
+# (offset, whence) -> the offset of the next data or hole; None: cannot tell, all is data
+Seek = Callable[[int, int], Awaitable[int | None]]
+
+
+class Channel:
+    """`fuse` is the mounted descriptor, `theirs` the descriptor for pyfuse3.
+
+    `commit` is called after each batch of requests; `seek` answers SEEK_DATA and SEEK_HOLE;
+    `on_interrupt(request, pid)` is asked to look after a request whose caller got a signal.
+    """
+
+    def __init__(
+        self,
+        fuse: int,
+        size: int,
+        sink: Sink,
+        commit: Callable[[], None],
+        seek: Seek,
+        *,
+        read_only: bool = False,
+        ring: PayloadRing | None = None,
+    ) -> None:
+        os.set_blocking(fuse, False)
+        self.fuse = fuse
+        self.size = size
+        self.sink = sink
+        self.commit = commit
+        self.seek = seek
+        self.read_only = read_only
+        self.ring = ring or PayloadRing(DEFAULT_RING, wire.MAX_WRITE + 4096)
+        self.held: dict[int, Request] = {}  # by unique: not answered yet
+        self.on_interrupt: Callable[[Request], None] = lambda request: None
+        self.on_held: Callable[[Request], None] = lambda request: None
+        self.on_init: Callable[[bytes, bytes], None] = lambda request, reply: None
+        self.max_background = wire.MAX_BACKGROUND
+        self._header = bytearray(wire.FIXED_SIZE)
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in self._ours, self.theirs:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PASSED_ON)
+            end.setblocking(False)
+        self._opens: set[int] = set()  # uniques of OPEN requests, whose replies get flags
+        self._init = b""
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def overflow_limit(self) -> int:
+        """Bytes of payloads in ordinary memory, at the most."""
+        return self.max_background * wire.MAX_WRITE
+
+    # --- from the kernel --------------------------------------------------------------------
+
+    async def pump(self) -> None:
+        """Serve until the file system is unmounted (then return)."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._replies_of_pyfuse3)
+            while True:
+                await trio.lowlevel.wait_readable(self.fuse)
+                alive = self._drain()
+                self.commit()
+                if not alive:
+                    break
+                await trio.lowlevel.checkpoint_if_cancelled()
+            nursery.cancel_scope.cancel()
+
+    def _drain(self) -> bool:
+        """Read up to a batch; False when the mount is gone."""
+        header, ring, fuse, readv = self._header, self.ring, self.fuse, os.readv
+        unpack = wire.IN_HEADER.unpack_from
+        for _ in range(BATCH):
+            try:
+                length = readv(fuse, (header, ring.target()))
+            except BlockingIOError:
+                return True
+            except OSError as exc:
+                if exc.errno == e.ENODEV:
+                    return False
+                if exc.errno in (e.ENOENT, e.EINTR):  # the request was withdrawn meanwhile
+                    continue
+                raise
+            _, opcode, unique, _, _, _, pid, _, _ = unpack(header)
+            if opcode == wire.READ:
+                self._read(unique, pid)
+            elif opcode == wire.WRITE:
+                self._write(unique, pid, length)
+            elif opcode == wire.FSYNC:
+                self._hold(Request(FLUSH, 0, 0, self._answer_plain, tag=unique, owner=None), pid)
+            else:
+                self._seldom(opcode, unique, pid, length)
+        return True
+
+    def _hold(self, request: Request, pid: int) -> None:
+        self.held[request.tag] = request
+        self.sink.submit(request)
+        if not request.answered and request.phase is not IN_FLIGHT:  # it waits: who asked?
+            request.caller = pid
+            self.on_held(request)
+
+    def _read(self, unique: int, pid: int) -> None:
+        _, offset, size, _, _, _, _ = wire.RW_IN.unpack_from(self._header, wire.HEADER_SIZE)
+        size = min(size, self.size - offset)
+        if size <= 0:  # end of file
+            self._reply(unique, 0)
+            return
+        self._hold(Request(READ, offset, size, self._answer_read, tag=unique), pid)
+
+    def _write(self, unique: int, pid: int, length: int) -> None:
+        _, offset, size, _, _, flags, _ = wire.RW_IN.unpack_from(self._header, wire.HEADER_SIZE)
+        if length != wire.FIXED_SIZE + size:
+            self._reply(unique, e.EIO)
+        elif self.read_only:
+            self._reply(unique, e.EROFS)
+        elif offset + size > self.size:
+            self._reply(unique, e.ENOSPC)
+        else:
+            slot = self.ring.keep(size)
+            request = Request(
+                WRITE,
+                offset,
+                size,
+                self._answer_write,
+                data=slot.data,
+                fua=bool(flags & wire.O_DSYNC),
+                tag=unique,
+                owner=slot,
+            )
+            self._hold(request, pid)
+
+    def _seldom(self, opcode: int, unique: int, pid: int, length: int) -> None:
+        header = self._header
+        if opcode == wire.FALLOCATE:
+            _, offset, size, mode, _ = wire.FALLOCATE_IN.unpack_from(header, wire.HEADER_SIZE)
+            self._fallocate(unique, pid, offset, size, mode)
+        elif opcode == wire.LSEEK:
+            _, offset, whence, _ = wire.LSEEK_IN.unpack_from(header, wire.HEADER_SIZE)
+            assert self._nursery is not None
+            self._nursery.start_soon(self._lseek, unique, offset, whence)
+        elif opcode == wire.INTERRUPT:
+            (interrupted,) = wire.INTERRUPT_IN.unpack_from(header, wire.HEADER_SIZE)
+            request = self.held.get(interrupted)
+            if request is not None:  # else it is pyfuse3's, whose answers never wait
+                self.on_interrupt(request)
+        else:
+            self._pass_on(opcode, unique, length)
+
+    def _fallocate(self, unique: int, pid: int, offset: int, size: int, mode: int) -> None:
+        """PUNCH_HOLE and ZERO_RANGE are both WRITE_ZEROES: hypervisors rely on the zeroes."""
+        punch = bool(mode & wire.FALLOC_PUNCH_HOLE)
+        known = wire.FALLOC_KEEP_SIZE | wire.FALLOC_PUNCH_HOLE | wire.FALLOC_ZERO_RANGE
+        if self.read_only:
+            self._reply(unique, e.EROFS)
+        elif mode & ~known or not (punch or mode & wire.FALLOC_ZERO_RANGE):
+            self._reply(unique, e.EOPNOTSUPP)
+        elif offset + size > self.size and not mode & wire.FALLOC_KEEP_SIZE:
+            self._reply(unique, e.ENOSPC)
+        elif offset >= self.size:
+            self._reply(unique, 0)
+        else:
+            size = min(size, self.size - offset)
+            request = Request(
+                WRITE_ZEROES, offset, size, self._answer_plain, may_unmap=punch, tag=unique
+            )
+            self._hold(request, pid)
+
+    async def _lseek(self, unique: int, offset: int, whence: int) -> None:
+        if offset >= self.size:
+            self._reply(unique, e.ENXIO)
+            return
+        found = await self.seek(offset, whence)
+        if found is None:  # cannot tell: all is data, with a hole at the end
+            found = offset if whence == wire.SEEK_DATA else self.size
+        if found < 0:
+            self._reply(unique, e.ENXIO)
+        else:
+            self._send((wire.LSEEK_REPLY.pack(24, 0, unique, found),))
+
+    # --- to the kernel ----------------------------------------------------------------------
+
+    def _answer_read(self, request: Request, errno: int, data: object) -> None:
+        unique = request.tag
+        del self.held[unique]
+        if errno:
+            self._reply(unique, errno)
+            return
+        assert isinstance(data, memoryview | bytes | bytearray)
+        self._send((wire.OUT_HEADER.pack(16 + len(data), 0, unique), data))
+
+    def _answer_write(self, request: Request, errno: int, data: object) -> None:
+        unique = request.tag
+        del self.held[unique]
+        if errno:
+            self._reply(unique, errno)
+        else:
+            self._send((wire.WRITE_REPLY.pack(24, 0, unique, request.length, 0),))
+
+    def _answer_plain(self, request: Request, errno: int, data: object) -> None:
+        del self.held[request.tag]
+        self._reply(request.tag, errno)
+
+    def _reply(self, unique: int, errno: int) -> None:
+        self._send((wire.OUT_HEADER.pack(16, -errno, unique),))
+
+    def _send(self, parts: tuple[bytes | memoryview | bytearray, ...]) -> None:
+        try:
+            os.writev(self.fuse, parts)
+        except OSError as exc:
+            # ENOENT: nobody waits for it any more. ENODEV: unmounted.
+            if exc.errno not in (e.ENOENT, e.ENODEV):
+                raise
+
+    def release(self, request: Request) -> None:
+        """The engine needs the payload no more."""
+        slot = request.owner
+        if slot is not None:
+            assert isinstance(slot, Slot)
+            request.data = request.owner = None
+            self.ring.release(slot)
+
+    # --- pyfuse3 ----------------------------------------------------------------------------
+
+    def _pass_on(self, opcode: int, unique: int, length: int) -> None:
+        message = self._header[:length]
+        if length > wire.FIXED_SIZE:
+            message += self.ring.target()[: length - wire.FIXED_SIZE]
+        if opcode == wire.OPEN:
+            self._opens.add(unique)
+        elif opcode == wire.INIT:
+            wire.without_splice(message)
+            self._init = bytes(message)
+        try:
+            self._ours.send(message)
+        except BlockingIOError:
+            # Its socket is full: it has 2 MiB of messages before it. Nobody is refused a READ.
+            self._opens.discard(unique)
+            if opcode not in (2, 42):  # FORGET and BATCH_FORGET have no reply
+                self._reply(unique, e.EBUSY)
+
+    async def _replies_of_pyfuse3(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._ours)
+            try:
+                reply = bytearray(self._ours.recv(PASSED_ON))
+            except BlockingIOError:
+                continue
+            if not reply:
+                return
+            _, error, unique = wire.OUT_HEADER.unpack_from(reply)
+            if unique in self._opens:
+                self._opens.discard(unique)
+                if not error:
+                    wire.parallel_direct(reply)
+            elif self._init and len(reply) == wire.INIT_OUT_SIZE and not error:
+                max_write = wire.for_healfs(reply)
+                if max_write > self.ring.message:
+                    raise RuntimeError(f"the kernel negotiated max_write {max_write}")
+                self.on_init(self._init, bytes(reply))
+                self._init = b""
+            self._send((reply,))
+
+    def close(self) -> None:
+        """Let go of pyfuse3; the FUSE descriptor is the worker's."""
+        self._ours.close()
+        self.theirs.close()

@@ -1,0 +1,132 @@
+"""Mount, unmount and abort. Standard library only: the keeper uses it.
+
+None of this touches the mounted file system itself.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import os
+import re
+import shutil
+import socket
+import subprocess
+
+MS_NOSUID, MS_NODEV, MS_RDONLY = 2, 4, 1
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+FUSERMOUNT_SECONDS = 10  # a fusermount3 that takes longer is stuck
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class MountError(OSError):
+    """`str(error)` is the one line for the operator."""
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(errno, message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def mount(mountpoint: str, source: str, *, allow_other: bool, read_only: bool) -> int:
+    """Mount at the absolute path `mountpoint`; returns the FUSE file descriptor.
+
+    As root by mount(2), else by fusermount3. Raises MountError.
+    """
+    if os.geteuid() == 0:
+        return _mount_as_root(mountpoint, source, allow_other, read_only)
+    return _mount_as_user(mountpoint, source, allow_other, read_only)
+
+
+def _mount_as_root(mountpoint: str, source: str, allow_other: bool, read_only: bool) -> int:
+    try:
+        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        raise MountError(exc.errno or 0, f"/dev/fuse: {exc.strerror}; try: modprobe fuse") from exc
+    options = f"fd={fuse},rootmode=040000,user_id=0,group_id=0,default_permissions"
+    if allow_other:
+        options += ",allow_other"
+    flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if read_only else 0)
+    name = source.encode(errors="surrogateescape")
+    path = os.fsencode(mountpoint)
+    if _libc.mount(name, path, b"fuse.healfs", flags, options.encode()):
+        errno = ctypes.get_errno()
+        os.close(fuse)
+        raise MountError(errno, f"cannot mount {mountpoint}: {os.strerror(errno)}")
+    return fuse
+
+
+def _fusermount() -> str:
+    found = shutil.which("fusermount3")
+    if not found:
+        raise MountError(2, "fusermount3 is missing; install the package fuse3")
+    return found
+
+
+def _mount_as_user(mountpoint: str, source: str, allow_other: bool, read_only: bool) -> int:
+    escaped = re.sub(r"([\\,])", r"\\\1", source)
+    options = f"fsname={escaped},subtype=healfs,default_permissions,nosuid,nodev"
+    options += ",allow_other" if allow_other else ""
+    options += ",ro" if read_only else ""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        result = subprocess.run(
+            [_fusermount(), "-o", options, "--", mountpoint],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=FUSERMOUNT_SECONDS,
+        )
+        if result.returncode:
+            message = " ".join(result.stderr.split()) or f"fusermount3: status {result.returncode}"
+            raise MountError(1, f"cannot mount {mountpoint}: {message}")
+        fds = array.array("i")
+        _, control, _, _ = ours.recvmsg(1, socket.CMSG_LEN(fds.itemsize))
+        for level, kind, data in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(data[: fds.itemsize])
+    if not fds:
+        raise MountError(5, f"cannot mount {mountpoint}: fusermount3 passed no file descriptor")
+    os.set_inheritable(fds[0], False)
+    return fds[0]
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Raises MountError: errno EBUSY (16) when somebody has the file open and not lazy."""
+    if os.geteuid() == 0:
+        flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
+        if _libc.umount2(os.fsencode(mountpoint), flags):
+            errno = ctypes.get_errno()
+            raise MountError(errno, f"cannot unmount {mountpoint}: {os.strerror(errno)}")
+        return
+    command = [_fusermount(), "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    result = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=FUSERMOUNT_SECONDS,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    if result.returncode:
+        message = " ".join(result.stderr.split())
+        errno = 16 if "busy" in message else 1
+        raise MountError(errno, f"cannot unmount {mountpoint}: {message}")
+
+
+def connection_of(mountpoint: str) -> int | None:
+    """N of /sys/fs/fuse/connections/N: the device's minor, from mountinfo; None: not mounted."""
+    found = None
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            fields = line.split(" ")
+            path = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
+            kind = fields[fields.index("-") + 1]
+            if path == mountpoint and kind in ("fuse", "fuse.healfs"):
+                found = int(fields[2].split(":")[1])  # the last one is on top
+    return found

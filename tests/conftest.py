@@ -1,0 +1,29 @@
+"""Fixtures that tests of several directories share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.mounts import HealfsMount
+
+
+class Mounter(Protocol):
+    def __call__(self, source: str | Path, *options: str, name: str = ...) -> HealfsMount: ...
+
+
+@pytest.fixture
+def healfs_mount() -> Iterator[Mounter]:
+    """Mounts healfs as often as it is called; all is torn down with the test."""
+    mounts: list[HealfsMount] = []
+
+    def mount(source: str | Path, *options: str, name: str = "disk.img") -> HealfsMount:
+        mounts.append(HealfsMount(source, *options, name=name))
+        return mounts[-1]
+
+    yield mount
+    for mounted in reversed(mounts):
+        mounted.close()
