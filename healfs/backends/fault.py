@@ -82,7 +82,7 @@ def _checked(table: dict[str, Any], types: dict[str, tuple[type, ...]], where: s
             raise ValueError(f"{where}: {key} = {value!r} is negative")
 
 
-_TOP = {"down": (bool,), "hang": (bool,), "rule": (list,)}
+_TOP: dict[str, tuple[type, ...]] = {"down": (bool,), "hang": (bool,), "rule": (list,)}
 _RULE: dict[str, tuple[type, ...]] = {
     "kinds": (list,),
     "offset": (int,),
@@ -300,6 +300,6 @@ class FaultBackend(Backend):
             nursery.cancel_scope.cancel()
 
     async def extents(self, offset: int, length: int) -> list[Extent] | None:
-        while self._now().hang:
-            await trio.sleep(LOOK_INTERVAL)
+        if self._now().hang:
+            return None
         return await self._inner.extents(offset, length)

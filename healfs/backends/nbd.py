@@ -325,6 +325,8 @@ class NbdBackend(Backend):
         """Send what the socket did not take at once."""
         while True:
             await link.writable_wanted.wait()
+            if link.protocol.closed:
+                return
             try:
                 await trio.lowlevel.wait_writable(link.sock)
             except trio.ClosedResourceError:
@@ -336,11 +338,11 @@ class NbdBackend(Backend):
     async def _receive(self, link: Link) -> OSError:
         pos = end = 0
         view, sock, protocol = link.view, link.sock, link.protocol
-        while True:
+        while not protocol.closed:
             try:
                 await trio.lowlevel.wait_readable(sock)
             except trio.ClosedResourceError:
-                return OSError(e.ECONNABORTED, "the connection was given up")
+                break
             for _ in range(RECEIVES_MAX):
                 try:
                     count = sock.recv_into(view[end:])
@@ -357,12 +359,13 @@ class NbdBackend(Backend):
                 end += count
                 self.commit()
                 if protocol.closed:
-                    return OSError(e.ECONNABORTED, "the connection was given up")
+                    break
                 if pos == end:
                     pos = end = 0
                 elif len(view) - pos < PIECE_MAX + 64:
                     view[: end - pos] = view[pos:end]
                     pos, end = 0, end - pos
+        return OSError(e.ECONNABORTED, "the connection was given up")
 
     def close(self) -> None:
         link = self._link

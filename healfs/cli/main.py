@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from healfs import __version__
 from healfs.cli import exit_status
 from healfs.cli.output import CliError, error_line
 from healfs.config import ConfigError
@@ -86,7 +85,7 @@ class _Healfs(click.Group):
     cls=_Healfs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(__version__, prog_name="healfs", message="%(prog)s %(version)s")
+@click.version_option(package_name="healfs", message="healfs %(version)s")
 def main() -> None:
     """A disk that waits instead of failing.
 

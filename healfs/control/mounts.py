@@ -9,9 +9,7 @@ Standard library only: the keeper uses it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -200,12 +198,7 @@ def _as_record(mount: Mount) -> dict[str, object]:
 def _read(directory: str) -> Mount | None:
     """None for what is no (whole) record."""
     try:
-        # NOFOLLOW and NONBLOCK: root reads the directories of users, who may put a FIFO there.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(os.path.join(directory, "mount.json"), flags)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return None
+        with open(os.path.join(directory, "mount.json"), "rb") as file:
             values = json.loads(file.read(_MAXIMUM_RECORD))
         pids = values["pids"]
         return Mount(
@@ -222,22 +215,17 @@ def _read(directory: str) -> Mount | None:
 
 
 def list_mounts() -> list[Mount]:
-    """All mounts of this user, by mountpoint; root sees those of logged-in users too.
-
-    The dead ones are among them: ask is_dead().
-    """
-    roots = [str(_runtime_path())]
-    if os.geteuid() == 0 and "HEALFS_RUNTIME_DIR" not in os.environ:
-        roots += glob.glob("/run/user/*/healfs")
-    found = []
-    for root in roots:
-        try:
-            names = os.listdir(root)
-        except OSError as exc:
-            if exc.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
-                raise MountsError(f"{root}: {exc.strerror}") from None
-            continue
-        found += [_read(os.path.join(root, name)) for name in names]
+    """All mounts of this user, by mountpoint. The dead ones are among them: ask is_dead()."""
+    root = _runtime_path()
+    try:
+        if root.lstat().st_uid not in (0, os.geteuid()):
+            raise MountsError(f"{root}: not yours; set XDG_RUNTIME_DIR")
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        raise MountsError(f"{root}: {exc.strerror}") from None
+    found = [_read(os.path.join(root, name)) for name in names]
     return sorted((m for m in found if m is not None), key=lambda mount: mount.mountpoint)
 
 

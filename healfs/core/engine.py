@@ -11,8 +11,8 @@ older overlapping writes, a read holds back nothing, disjoint requests never wai
 from __future__ import annotations
 
 import errno as e
-import heapq
 import logging
+import math
 import os
 import random
 from collections import OrderedDict
@@ -22,18 +22,20 @@ from typing import Protocol
 
 from healfs.core import errors
 from healfs.core.errors import ErrorClass
+from healfs.core.outage import Outage
 from healfs.core.overlap import Overlap
 from healfs.core.policy import Action, Policy
-from healfs.core.request import Done, Kind, Phase, Request
+from healfs.core.prober import Prober
+from healfs.core.request import Kind, Phase, Request
+from healfs.core.retries import Retries
 from healfs.core.states import State, check_move
+from healfs.core.totals import Totals
 
 log = logging.getLogger("healfs.engine")
 
+EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
 IN_FLIGHT, PARKED, WAITING, DONE = Phase.IN_FLIGHT, Phase.PARKED, Phase.WAITING, Phase.DONE
-HINT_PAUSE = 0.0005  # seconds, half the first pause after a hint from outside: a socket is bound
-# before it listens
-FIRST_PAUSE = 0.01  # seconds: the first pause between two tries; it doubles up to retry-interval
 
 
 class Effects(Protocol):
@@ -78,7 +80,8 @@ class Engine:
         self.effects = effects
         self.policy = policy
         self.clock = clock
-        self.slow_after = slow_after
+        self.slow_after = slow_after  # 0: never
+        self._silence = slow_after or math.inf
         self.limits = limits or Limits()
         self.state = State.CONNECTING
         self.since = clock()
@@ -86,46 +89,28 @@ class Engine:
         self.size = 0
         self.align = 1
         self.can_flush = True
-        self._rng = rng or random.Random()
+        rng = rng or random.Random()
         self._order = 0
-        self._max_in_flight = self.limits.in_flight
-
         self._in_flight: dict[int, Request] = {}
         self._parked: OrderedDict[int, Request] = OrderedDict()  # may be sent, oldest first
         self._waiting: dict[int, Request] = {}  # behind an older overlapping write
-        self._failing: dict[int, Request] = {}  # failed, to be tried again at retry_at
-        self._retries: list[tuple[float, int]] = []  # heap of (when, order) over _failing
-        self._last_retry = 0.0
-        self._writes = Overlap()
+        self._retries = Retries(rng, self.limits.failed_retries_per_second)
+        self._writes = Overlap()  # not out of the backend's hands yet
 
-        self._link_up = False
+        self.link_up = False
         self._ever_connected = False
         self._mismatch = ""
-        self._paused_by = ""  # "", "operator" or "policy"
+        self.paused_by = ""  # "operator" or "policy" while paused
         self._paused_errno = 0
+        self._told: dict[tuple[str, int, Action], float] = {}
         self._draining = False
         self._last_answer = 0.0
         self._probe_at = 0.0
-
-        self._away_since: float | None = self.since  # the outage's clock
-        self._outage_errno = e.ETIMEDOUT
-        self._outage_waited = 0
-        self._answers_wanted = False  # the outage ends with the next answer
-        self._pause = 0.0  # the prober's backoff
-        self._up_since = 0.0
-        self._connecting = False
-        self._connect_at: float | None = None
         self._alarm: float | None = None
 
-        self.outages = 0
-        self.longest_outage = 0.0
-        self.longest_wait = 0.0
-        self.retries = 0
-        self.reconnects = 0
-        self.ignored_bytes = 0
-        self.requests = [0] * len(Kind)
-        self.bytes = [0] * len(Kind)
-        self.errors = [0] * len(Kind)
+        self._prober = Prober(rng)
+        self._outage = Outage(self.since)
+        self.totals = Totals()
 
     # --- requests ---------------------------------------------------------------------------
 
@@ -152,14 +137,14 @@ class Engine:
             if request.blockers:
                 request.phase = WAITING
                 self._waiting[request.order] = request
-                if self._away_since is not None:
+                if self._outage.since is not None:
                     self._judge_in_outage(request, now)
                 return
         if self._may_send():
             self._send(request, now)
             return
         self._park(request)
-        if self._away_since is not None:
+        if self._outage.since is not None:
             self._judge_in_outage(request, now)
 
     def _wait_for_older(self, request: Request) -> None:
@@ -185,14 +170,14 @@ class Engine:
         return (
             self.state is State.READY
             and not self._parked
-            and len(self._in_flight) < self._max_in_flight
+            and len(self._in_flight) < self.limits.in_flight
         )
 
     def _park(self, request: Request) -> None:
         request.phase = PARKED
         self._parked[request.order] = request
-        if self._away_since is not None:
-            self._outage_waited += 1
+        if self._outage.since is not None:
+            self._outage.waited += 1
 
     def _send(self, request: Request, now: float) -> None:
         if request.kind is FLUSH and not self.can_flush:
@@ -205,14 +190,14 @@ class Engine:
         request.attempts += 1
         self._in_flight[request.order] = request
         if self._alarm is None:
-            self._wake_at(now + self.slow_after)
+            self._wake_at(now + self._silence)
         self.effects.send(request)
 
     def _send_parked(self) -> None:
         if self.state is not State.READY or not self._parked:
             return
         now = self.clock()
-        while self._parked and len(self._in_flight) < self._max_in_flight:
+        while self._parked and len(self._in_flight) < self.limits.in_flight:
             _, request = self._parked.popitem(last=False)
             self._send(request, now)
 
@@ -228,7 +213,7 @@ class Engine:
                 if not request.answered:
                     self._answer(request, 0, data)
                 self._retire(request)
-            if self._answers_wanted or self._away_since is not None:
+            if self._outage.since is not None:
                 self._answered_again()
             if self._parked:
                 self._send_parked()
@@ -241,12 +226,7 @@ class Engine:
         if request.answered:
             raise RuntimeError(f"a second answer to {request}")
         request.answered = True
-        kind = request.kind
-        self.requests[kind] += 1
-        if errno:
-            self.errors[kind] += 1
-        else:
-            self.bytes[kind] += request.length
+        self.totals.count(request.kind, request.length, errno)
         request.on_answer(request, errno, data)  # type: ignore[arg-type]
 
     def _retire(self, request: Request) -> None:
@@ -287,7 +267,7 @@ class Engine:
         parked = request.phase is PARKED
         if parked:
             self._parked.pop(request.order, None)
-            self._failing.pop(request.order, None)
+            self._retries.discard(request)
         self._answer(request, errno, data)
         if parked:
             self._retire(request)
@@ -303,8 +283,9 @@ class Engine:
         return given_up
 
     def _unanswered(self) -> Iterator[Request]:
-        for group in (self._in_flight, self._failing, self._parked, self._waiting):
-            yield from (r for r in group.values() if not r.answered)
+        for group in (self._in_flight.values(), self._retries, self._parked.values()):
+            yield from (r for r in group if not r.answered)
+        yield from (r for r in self._waiting.values() if not r.answered)
 
     # --- errors and the policy --------------------------------------------------------------
 
@@ -332,31 +313,17 @@ class Engine:
             self._io_error(request.kind, errno, action)
         request.phase = PARKED
         if action is Action.RETRY:
-            self._retry_later(request, now)
+            self._wake_at(self._retries.add(request, self.policy.of(request.kind), now))
         elif action is Action.STOP:
             self._park_again([request])
             self._stop_by_policy(errno)
         else:
             self._act(request, action, errno)
 
-    def _retry_later(self, request: Request, now: float) -> None:
-        policy = self.policy.of(request.kind)
-        pause = min(policy.retry_interval, FIRST_PAUSE * 2 ** min(request.attempts - 1, 30))
-        pause *= self._rng.uniform(0.75, 1.0)
-        # One rate for all: a backend on which everything fails is not hammered.
-        when = max(now + pause, self._last_retry + 1 / self.limits.failed_retries_per_second)
-        self._last_retry = when
-        if policy.error is Action.RETRY and policy.retry_timeout:
-            when = max(now, min(when, request.first_error + policy.retry_timeout))
-        request.retry_at = when
-        self._failing[request.order] = request
-        heapq.heappush(self._retries, (when, request.order))
-        self._wake_at(when)
-
     def _act(self, request: Request, action: Action, errno: int) -> None:
         """Report or ignore, for a request that is parked, waiting or in flight."""
         if action is Action.IGNORE:
-            self.ignored_bytes += request.length
+            self.totals.ignored_bytes += request.length
             zeroes = bytes(request.length) if request.kind is READ else None
             self._give_up(request, 0, zeroes)
         else:
@@ -366,9 +333,8 @@ class Engine:
         """Decide on a request that comes while the backend is away."""
         if self.state not in (State.STALLED, State.CONNECTING, State.MISMATCH):
             return
-        assert self._away_since is not None
-        errno = self._outage_errno
-        action = self.policy.of(request.kind).decide(request.kind, errno, now - self._away_since)
+        errno = self._outage.errno
+        action = self.policy.of(request.kind).decide(request.kind, errno, self._outage.age(now))
         if action is Action.STOP:
             self._io_error(request.kind, errno, action)
             self._stop_by_policy(errno)
@@ -376,11 +342,11 @@ class Engine:
             self._act(request, action, errno)
 
     def _judge_all_in_outage(self, now: float) -> None:
-        if self._away_since is None:
+        if self._outage.since is None:
             return
-        age = now - self._away_since
-        retried = [self.policy.of(kind).decide(kind, self._outage_errno, age) for kind in Kind]
-        if all(action is Action.RETRY for action in retried):
+        errno, age = self._outage.errno, self._outage.age(now)
+        actions = [self.policy.of(kind).decide(kind, errno, age) for kind in Kind]
+        if all(action is Action.RETRY for action in actions):
             return
         for request in list(self._unanswered()):
             self._judge_in_outage(request, now)
@@ -390,15 +356,12 @@ class Engine:
         try:
             self.policy = policy
             now = self.clock()
-            if self._paused_by == "policy":
+            if self.paused_by == "policy":
                 self._resume(now)
             self._judge_all_in_outage(now)
-            failing, self._failing, self._retries = self._failing, {}, []
-            self._last_retry = now
-            for request in failing.values():
+            for request in self._retries.take_all(now):
                 self._judge_failed(request, request.errno, now)
-            if self._connect_at is not None:  # retry-interval may be shorter now
-                self._connect_at = min(self._connect_at, now + self._longest_pause())
+            self._prober.at_most(now + self._longest_pause())
             self._wake_at(now)
         except Exception:
             self._fault("set_policy")
@@ -409,10 +372,16 @@ class Engine:
             self._pause_disk("policy", f"{os.strerror(errno)}: {errors.reason(errno)}")
 
     def _io_error(self, kind: Kind, errno: int, action: Action) -> None:
+        operation = "read" if kind is READ else "write"
+        now = self.clock()
+        key = (operation, errno, action)
+        if now - self._told.get(key, -math.inf) < EVENT_GAP:
+            return  # a guest that reads a bad sector again and again must not flood the log
+        self._told[key] = now
         self.effects.event(
             "BLOCK_IO_ERROR",
             {
-                "operation": "read" if kind is READ else "write",
+                "operation": operation,
                 "action": str(action),
                 "nospace": errno == e.ENOSPC,
                 "reason": os.strerror(errno),
@@ -426,7 +395,7 @@ class Engine:
         """QMP stop: answers at once; HEALFS_DRAINED tells when nothing is in flight any more."""
         try:
             if self.state is State.PAUSED:
-                self._paused_by = "operator"
+                self.paused_by = "operator"
             else:
                 self._pause_disk("operator", "stop")
         except Exception:
@@ -434,7 +403,7 @@ class Engine:
 
     def _pause_disk(self, by: str, reason: str) -> None:
         self._move(State.PAUSED, reason)
-        self._paused_by = by
+        self.paused_by = by
         self.effects.event("STOP", {})
         self._draining = True
         if not self._in_flight:
@@ -453,19 +422,19 @@ class Engine:
             self._fault("resume")
 
     def _resume(self, now: float) -> None:
-        self._paused_by = ""
+        self.paused_by = ""
         self._draining = False
         self.effects.event("RESUME", {})
         if self._mismatch:
             self._move(State.MISMATCH, self._mismatch)
-        elif self._link_up:
+        elif self.link_up:
             self._move(State.READY, "")
             self._send_parked()
         elif not self._ever_connected:
             self._move(State.CONNECTING, "cont")
         else:
-            self._move(State.STALLED, os.strerror(self._outage_errno))
-        if not self._link_up and not self._connecting:
+            self._move(State.STALLED, os.strerror(self._outage.errno))
+        if not self.link_up and not self._prober.trying:
             self._connect_now()  # the policy is asked again when this try has failed
 
     # --- the backend comes and goes ---------------------------------------------------------
@@ -475,14 +444,12 @@ class Engine:
         self._connect_now()
 
     def _connect_now(self) -> None:
-        self._connect_at = None
-        self._connecting = True
+        self._prober.begin()
         self.effects.connect()
 
     def try_now(self) -> None:
         """Something changed outside: a try now may succeed (the socket file appeared)."""
-        if self._connect_at is not None:
-            self._pause = HINT_PAUSE
+        if self._prober.hint():
             self._connect_now()
 
     def connected(
@@ -491,8 +458,6 @@ class Engine:
         """The backend is there. `mismatch` says why it is not the disk it was ("": it is)."""
         try:
             now = self.clock()
-            self._connecting = False
-            self._connect_at = None
             if not self.size:
                 self.size = size
             elif size < self.size:
@@ -503,12 +468,12 @@ class Engine:
             self._mismatch = ""
             self.align = max(self.align, align)
             self.can_flush = can_flush
-            self._link_up = True
-            self._up_since = self._last_answer = now
+            self.link_up = True
+            self._last_answer = now
+            self._prober.up(now)
             if self._ever_connected:
-                self.reconnects += 1
+                self.totals.reconnects += 1
             self._ever_connected = True
-            self._answers_wanted = bool(self._parked)
             if self.state is not State.PAUSED:
                 self._move(State.READY, "")
             if not self._parked:
@@ -523,29 +488,25 @@ class Engine:
         if self.state not in (State.PAUSED, State.MISMATCH):
             self._move(State.MISMATCH, mismatch)
             self.effects.event("HEALFS_MISMATCH", {"reason": mismatch})
-        self._connect_at = self.clock() + self._longest_pause()  # the right one may come back
-        self._wake_at(self._connect_at)
+        again = self.clock() + self._longest_pause()  # the right one may come back
+        self._prober.later(again)
+        self._wake_at(again)
 
     def connect_failed(self, errno: int, reason: str = "") -> None:
         """The try did not succeed; the next one comes after a pause."""
         try:
             now = self.clock()
-            self._connecting = False
-            self._outage_errno = errno or e.ETIMEDOUT
-            self.reason = reason or os.strerror(self._outage_errno)
+            self._outage.errno = errno = errno or e.ETIMEDOUT
+            self.reason = reason or os.strerror(errno)
             if self.state is State.MISMATCH:
                 self._mismatch = ""
                 first = not self._ever_connected
                 self._move(State.CONNECTING if first else State.STALLED, self.reason)
-            self._pause_before_connect(now)
+            self._prober.failed(now, self._longest_pause())
+            self._wake_at(self._prober.next_try or now)
             self._judge_all_in_outage(now)
         except Exception:
             self._fault("connect_failed")
-
-    def _pause_before_connect(self, now: float) -> None:
-        self._pause = min(self._longest_pause(), self._pause * 2 or FIRST_PAUSE)
-        self._connect_at = now + self._pause * self._rng.uniform(0.75, 1.0)
-        self._wake_at(self._connect_at)
 
     def _longest_pause(self) -> float:
         return min(self.policy.read.retry_interval, self.policy.write.retry_interval)
@@ -553,15 +514,14 @@ class Engine:
     def lost(self, errno: int, reason: str = "") -> None:
         """The connection is gone: all that is in flight is parked, one prober tries to return."""
         try:
-            if self._link_up:
+            if self.link_up:
                 self._lose(errno, reason or os.strerror(errno))
         except Exception:
             self._fault("lost")
 
     def _lose(self, errno: int, reason: str) -> None:
         now = self.clock()
-        self._link_up = False
-        self._answers_wanted = False
+        self.link_up = False
         self.effects.close()
         self._begin_outage(now, errno, reason, now)
         in_flight, self._in_flight = self._in_flight, {}
@@ -571,18 +531,17 @@ class Engine:
                 self._retire(request)
             else:
                 again.append(request)
-        again += self._failing.values()
-        self._failing, self._retries = {}, []
+        again += self._retries.take_all(now)
         self._park_again(again)
-        self._outage_waited += len(again)
-        self.retries += len(again)
+        self._outage.waited += len(again)
+        self.totals.retries += len(again)
         if self._draining:
             self._drained()
-        if now - self._up_since >= self._longest_pause():
-            self._pause = 0.0
+        self._prober.down(now, self._longest_pause())
+        if self._prober.next_try == now:
             self._connect_now()
-        else:  # it died soon after it came: not hammered
-            self._pause_before_connect(now)
+        else:
+            self._wake_at(self._prober.next_try or now)
         self._judge_all_in_outage(now)
 
     def _park_again(self, requests: list[Request]) -> None:
@@ -593,11 +552,7 @@ class Engine:
         self._parked = OrderedDict(sorted(self._parked.items()))
 
     def _begin_outage(self, now: float, errno: int, reason: str, since: float) -> None:
-        self._outage_errno = errno
-        if self._away_since is None:
-            self._away_since = since
-            self._outage_waited = 0
-            self.outages += 1
+        if self._outage.begin(since, errno):
             oldest = next(self._unanswered(), None)
             kind = oldest.kind if oldest else WRITE
             action = self.policy.of(kind).decide(kind, errno, now - since)
@@ -608,30 +563,24 @@ class Engine:
 
     def _answered_again(self) -> None:
         """An answer came: the end of a hang, and of an outage."""
-        if not self._link_up:
+        if not self.link_up:
             return
         if self.state is State.STALLED:
             self._move(State.READY, "")
-        self._answers_wanted = False
         self._end_outage(self.clock())
 
     def _end_outage(self, now: float) -> None:
-        since, self._away_since = self._away_since, None
-        if since is None or not self.outages:
-            return  # the first connection
-        seconds = now - since
-        self.longest_outage = max(self.longest_outage, seconds)
-        if self._outage_waited:
-            self.longest_wait = max(self.longest_wait, seconds)
-        self.effects.event(
-            "HEALFS_RECOVERED",
-            {"seconds": round(seconds, 3), "requests_waited": self._outage_waited},
-        )
+        seconds = self._outage.end(now)
+        if seconds is not None:
+            self.effects.event(
+                "HEALFS_RECOVERED",
+                {"seconds": round(seconds, 3), "requests_waited": self._outage.waited},
+            )
 
     # --- time -------------------------------------------------------------------------------
 
     def _wake_at(self, when: float) -> None:
-        if self._alarm is None or when < self._alarm:
+        if (self._alarm is None or when < self._alarm) and when < math.inf:
             self._alarm = when
             self.effects.wake_at(when)
 
@@ -642,7 +591,7 @@ class Engine:
             now = self.clock()
             if self.state in (State.FAULTED, State.CLOSED):
                 return
-            if self._connect_at is not None and now >= self._connect_at:
+            if self._prober.next_try is not None and now >= self._prober.next_try:
                 self._connect_now()
             self._retry_failed(now)
             self._look_for_silence(now)
@@ -652,18 +601,13 @@ class Engine:
             self._fault("wake")
 
     def _retry_failed(self, now: float) -> None:
-        while self._retries and self._retries[0][0] <= now:
-            when, order = heapq.heappop(self._retries)
-            request = self._failing.get(order)
-            if request is None or request.retry_at != when:
-                continue  # answered, or rescheduled, meanwhile
-            del self._failing[order]
+        while (request := self._retries.due(now)) is not None:
             policy = self.policy.of(request.kind)
             age = now - request.first_error
             if policy.decide(request.kind, request.errno, age) is not Action.RETRY:
                 self._judge_failed(request, request.errno, now)
                 continue
-            self.retries += 1
+            self.totals.retries += 1
             if self.state is State.READY:
                 self._send(request, now)
             else:
@@ -671,21 +615,21 @@ class Engine:
 
     def _look_for_silence(self, now: float) -> None:
         """No answer at all is an outage, too; one request may hang while others are answered."""
-        if not self._link_up or not self._in_flight:
+        if not self.link_up or not self._in_flight:
             return
         oldest = next(iter(self._in_flight.values()))
         silent_since = max(self._last_answer, oldest.sent)
-        if self._away_since is None and now - silent_since >= self.slow_after:
+        if self._outage.since is None and now - silent_since >= self._silence:
             reason = f"no answer for {self.slow_after:g} s"
             self._begin_outage(now, e.ETIMEDOUT, reason, oldest.sent)
             self._probe_at = now + self._longest_pause()
         elif self.state is State.STALLED and now >= self._probe_at and self._parked:
             # What hangs may be one request only: one new request at a time finds out.
             self._probe_at = now + self._longest_pause()
-            if len(self._in_flight) < self._max_in_flight:
+            if len(self._in_flight) < self.limits.in_flight:
                 self._send(self._parked.popitem(last=False)[1], now)
         for request in list(self._in_flight.values()):
-            if now - request.sent < self.slow_after:
+            if now - request.sent < self._silence:
                 break
             if not request.answered:
                 self._judge_hanging(request, now)
@@ -705,25 +649,25 @@ class Engine:
 
     def _set_alarm(self, now: float) -> None:
         times = []
-        if self._connect_at is not None:
-            times.append(self._connect_at)
-        if self._retries:
-            times.append(self._retries[0][0])
+        for when in (self._prober.next_try, self._retries.next_time()):
+            if when is not None:
+                times.append(when)
         timeouts = [
             policy.retry_timeout
             for policy in (self.policy.read, self.policy.write)
             if policy.error is Action.RETRY and policy.retry_timeout
         ]
-        if self._away_since is not None:
-            times += [self._away_since + t for t in timeouts if self._away_since + t > now]
-        if self._in_flight and self._link_up:
+        if self._outage.since is not None:
+            times += [self._outage.since + t for t in timeouts if self._outage.since + t > now]
+        if self._in_flight and self.link_up:
             oldest = next(iter(self._in_flight.values()))
             times += [oldest.sent + t for t in timeouts if oldest.sent + t > now]
-            if self._away_since is None:
-                times.append(max(self._last_answer, oldest.sent) + self.slow_after)
+            if self._outage.since is None:
+                times.append(max(self._last_answer, oldest.sent) + self._silence)
             else:
-                times.append(max(now + 0.001, self._probe_at))
-                self._probe_at = max(self._probe_at, now + self._longest_pause())
+                if self._probe_at <= now:
+                    self._probe_at = now + self._longest_pause()
+                times.append(self._probe_at)
         if times:
             self._wake_at(min(times))
 
@@ -739,18 +683,9 @@ class Engine:
         self.reason = reason
 
     @property
-    def link_up(self) -> bool:
-        return self._link_up
-
-    @property
-    def paused_by(self) -> str:
-        """ "operator" or "policy" while paused, else ""."""
-        return self._paused_by
-
-    @property
     def no_space(self) -> bool:
         """Paused for want of space."""
-        return bool(self._paused_by) and self._paused_errno == e.ENOSPC
+        return bool(self.paused_by) and self._paused_errno == e.ENOSPC
 
     @property
     def writes_outstanding(self) -> bool:
@@ -774,27 +709,10 @@ class Engine:
     def status(self) -> dict[str, object]:
         """For `healfs status`: times in seconds."""
         now = self.clock()
-        current = 0.0
-        if self._away_since is not None and self.outages:
-            current = now - self._away_since
         in_flight = sum(not r.answered for r in self._in_flight.values())
         given_up = len(self._in_flight) - in_flight
         parked = sum(not r.answered for r in self._waiting.values())
-        parked += len(self._parked) + len(self._failing)
-        names = [kind.name.lower() for kind in Kind]
-        totals: dict[str, object] = {
-            name: {
-                "requests": self.requests[i],
-                "bytes": self.bytes[i],
-                "errors": self.errors[i],
-            }
-            for i, name in enumerate(names)
-        }
-        totals |= {
-            "retries": self.retries,
-            "reconnects": self.reconnects,
-            "ignored_bytes": self.ignored_bytes,
-        }
+        parked += len(self._parked) + len(self._retries)
         return {
             "state": str(self.state),
             "state_seconds": round(now - self.since, 3),
@@ -803,17 +721,10 @@ class Engine:
             "requests": {"in_flight": in_flight, "parked": parked, "unsettled": given_up},
             "policy": self.policy.as_dict(),
             "slow_after": self.slow_after,
-            "outages": {
-                "count": self.outages,
-                "current_seconds": round(current, 3),
-                "longest_seconds": round(max(self.longest_outage, current), 3),
-            },
-            "totals": totals,
+            "outages": self._outage.as_dict(now),
+            "totals": self.totals.as_dict(),
             "limits": {
-                "in_flight": {"used": len(self._in_flight), "limit": self._max_in_flight},
+                "in_flight": {"used": len(self._in_flight), "limit": self.limits.in_flight},
                 "failed_retries_per_second": {"limit": self.limits.failed_retries_per_second},
             },
         }
-
-
-__all__ = ["Done", "Effects", "Engine", "Limits"]

@@ -7,90 +7,17 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbd
 import pytest
-import trio
-import trio.testing
 
-from healfs.backends.base import Extent, Geometry, SourceError
-from healfs.backends.nbd import PIECE_MAX, NbdBackend
-from healfs.core.errors import ErrorClass, classify
-from healfs.core.request import Kind, Request
+from healfs.backends.base import Extent
+from healfs.backends.nbd import PIECE_MAX
+from healfs.core.request import Kind
+from tests.backends.nbd_disk import MIB, connected, pattern, read, req, write
 from tests.backends.nbd_servers import NbdServer, nbdkit, qemu_nbd
-
-MIB = 1 << 20
-DEADLINE = 30.0
-
-
-class Disk:
-    """A connected backend, driven by coroutines; serve() runs until the connection is lost."""
-
-    def __init__(self, backend: NbdBackend, geometry: Geometry) -> None:
-        self.backend = backend
-        self.geometry = geometry
-        self.lost: OSError | None = None
-        self.ended = trio.Event()
-
-    async def serve(self) -> None:
-        self.lost = await self.backend.serve()
-        self.ended.set()
-
-    async def do(self, *requests: Request) -> list[tuple[int, bytes | None]]:
-        """Submit at once, and wait for all answers."""
-        answers: dict[Request, tuple[int, bytes | None]] = {}
-        event = trio.Event()
-
-        def done(request: Request, error: int, data: object) -> None:
-            assert request not in answers, "answered twice"
-            answers[request] = error, None if data is None else bytes(data)  # type: ignore[call-overload]
-            if len(answers) == len(requests):
-                event.set()
-
-        for request in requests:
-            self.backend.submit(request, done)
-        self.backend.commit()
-        await event.wait()
-        return [answers[request] for request in requests]
-
-    async def ok(self, *requests: Request) -> bytes:
-        answers = await self.do(*requests)
-        assert [error for error, _ in answers] == [0] * len(requests)
-        return answers[-1][1] or b""
-
-
-def req(kind: Kind, offset: int = 0, length: int = 0, **more: object) -> Request:
-    return Request(kind, offset, length, lambda *_: None, **more)  # type: ignore[arg-type]
-
-
-def read(offset: int, length: int) -> Request:
-    return req(Kind.READ, offset, length)
-
-
-def write(offset: int, data: bytes, fua: bool = False) -> Request:
-    return req(Kind.WRITE, offset, len(data), data=data, fua=fua)
-
-
-@asynccontextmanager
-async def connected(source: str | NbdBackend) -> AsyncIterator[Disk]:
-    """A connected disk, within a deadline."""
-    backend = NbdBackend(source) if isinstance(source, str) else source
-    with trio.fail_after(DEADLINE):
-        disk = Disk(backend, await backend.connect())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(disk.serve)
-            try:
-                yield disk
-            finally:
-                backend.close()
-
-
-def pattern(length: int, seed: int = 1) -> bytes:
-    return random.Random(seed).randbytes(length)
 
 
 def oracle(server: NbdServer, offset: int, length: int, export: str = "") -> bytes:
@@ -176,9 +103,9 @@ async def test_discard_is_trim(image: Path, discard: str) -> None:
 
 
 async def test_long_requests_are_split_to_the_servers_maximum(image: Path) -> None:
-    policy = ["--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-preferred=4096"]
-    policy += ["blocksize-maximum=65536", "blocksize-error-policy=error"]
-    with nbdkit(*policy, "file", str(image)) as server:
+    policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536"]
+    policy += ["blocksize-error-policy=error"]
+    with nbdkit("--filter=blocksize-policy", "file", str(image), *policy) as server:
         async with connected(server.uri()) as disk:
             assert disk.geometry.minimum_block == 4096
             assert disk.geometry.maximum_payload == 65536
@@ -190,25 +117,24 @@ async def test_long_requests_are_split_to_the_servers_maximum(image: Path) -> No
 
 
 async def test_a_long_request_fails_once_and_whole(image: Path) -> None:
-    with nbdkit(
-        "--filter=error", "error-pwrite=EIO", "error-pwrite-rate=100%", "file", str(image)
-    ) as server:
+    error = ["error-pwrite=EIO", "error-pwrite-rate=100%"]
+    with nbdkit("--filter=error", "file", str(image), *error) as server:
         async with connected(server.uri()) as disk:
             answers = await disk.do(write(0, bytes(16 * MIB)), read(0, 16 * MIB))
             assert [error for error, _ in answers] == [errno.EIO, 0]
 
 
 async def test_size_is_rounded_down_to_the_minimum_block(tmp_path: Path) -> None:
-    policy = ["--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-preferred=4096"]
-    with nbdkit(*policy, "memory", "1048577") as server:
+    policy = ["blocksize-minimum=4096", "blocksize-preferred=4096"]
+    with nbdkit("--filter=blocksize-policy", "memory", "1048577", *policy) as server:
         async with connected(server.uri()) as disk:
             assert disk.geometry.size == MIB
 
 
 async def test_fua_without_nbds_fua_is_write_and_flush(image: Path, tmp_path: Path) -> None:
     log = tmp_path / "calls"
-    filters = ["--filter=log", "--filter=fua", "fuamode=none", f"logfile={log}"]
-    with nbdkit(*filters, "file", str(image)) as server:
+    filters = ["--filter=log", "--filter=fua"]
+    with nbdkit(*filters, "file", str(image), f"logfile={log}") as server:
         async with connected(server.uri()) as disk:
             assert not disk.geometry.can_fua
             await disk.ok(write(0, pattern(4096), fua=True))
@@ -218,8 +144,8 @@ async def test_fua_without_nbds_fua_is_write_and_flush(image: Path, tmp_path: Pa
 
 async def test_fua_is_the_flag_where_the_server_has_it(image: Path, tmp_path: Path) -> None:
     log = tmp_path / "calls"
-    filters = ["--filter=log", "--filter=fua", "fuamode=force", f"logfile={log}"]
-    with nbdkit(*filters, "file", str(image)) as server:
+    filters = ["--filter=log", "--filter=fua"]
+    with nbdkit(*filters, "file", str(image), "fuamode=native", f"logfile={log}") as server:
         async with connected(server.uri()) as disk:
             await disk.ok(write(0, pattern(4096), fua=True), write(4096, pattern(4096)))
     writes = [line for line in log.read_text().splitlines() if " Write " in line]
@@ -264,9 +190,8 @@ def _sh_plugin(directory: Path, size: str) -> Path:
     ],
 )
 async def test_server_errors_come_through(sr: tuple[str, ...], name: str, expected: int) -> None:
-    with nbdkit(
-        *sr, "--filter=error", f"error={name}", "error-rate=100%", "memory", "1M"
-    ) as server:
+    error = [f"error={name}", "error-rate=100%"]
+    with nbdkit(*sr, "--filter=error", "memory", "1M", *error) as server:
         async with connected(server.uri()) as disk:
             answers = await disk.do(
                 read(0, 4096), write(0, bytes(4096)), req(Kind.WRITE_ZEROES, 0, 4096)
@@ -326,60 +251,3 @@ async def test_noextents_is_all_data() -> None:
     with nbdkit("--filter=noextents", "memory", "1M") as server:
         async with connected(server.uri()) as disk:
             assert await disk.backend.extents(0, MIB) == [Extent(0, MIB, False)]
-
-
-@pytest.mark.parametrize("tcp", [False, True])
-async def test_kill_in_flight_is_lost_and_reconnect_goes_on(image: Path, tcp: bool) -> None:
-    delay = ["--filter=delay", "delay-read=60"]
-    with nbdkit(*delay, "file", str(image), tcp=tcp) as server:
-        backend = NbdBackend(server.uri())
-        answered: list[Request] = []
-        requests = [read(i * 4096, 4096) for i in range(16)]
-        async with connected(backend) as disk:
-            await disk.ok(write(0, pattern(4096)))
-            for request in requests:
-                backend.submit(request, lambda request, *_: answered.append(request))
-            backend.commit()
-            server.kill()
-            await disk.ended.wait()
-            assert disk.lost is not None
-            assert classify(disk.lost.errno or 0) is ErrorClass.LOST
-            assert backend.sent_any() == set(requests)
-            with pytest.raises(OSError) as away:
-                await backend.connect()
-            assert not isinstance(away.value, SourceError)
-        server.start()
-        async with connected(backend) as disk:
-            await disk.ok(write(4096, pattern(4096, 2)))
-        assert answered == []
-    assert image.read_bytes()[:8192] == pattern(4096) + pattern(4096, 2)
-
-
-async def test_what_the_socket_did_not_take_is_known() -> None:
-    """SIGSTOP fills the socket; the rest goes when the server goes on, or never went."""
-    with nbdkit("memory", "256M") as server:
-        backend = NbdBackend(server.uri())
-        async with connected(backend) as disk:
-            await disk.ok(write(0, pattern(4096)))
-            server.pause()
-            writes = [write(i * MIB, pattern(MIB, i)) for i in range(64)]
-            for request in writes:
-                backend.submit(request, lambda *_: None)
-            backend.commit()
-            backend.close()
-            sent = backend.sent_any()
-            assert writes[0] in sent and writes[-1] not in sent
-            assert sent == set(writes[: len(sent)])
-            server.resume()
-        async with connected(backend) as disk:
-            assert backend.sent_any() == set()
-            server.pause()
-            await trio.lowlevel.checkpoint()
-            with trio.CancelScope() as scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(disk.ok, *writes)
-                    await trio.testing.wait_all_tasks_blocked()
-                    assert len(backend._link.protocol.out) > 1  # type: ignore[union-attr]
-                    server.resume()
-            assert not scope.cancelled_caught
-            assert await disk.ok(read(63 * MIB, MIB)) == pattern(MIB, 63)

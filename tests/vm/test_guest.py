@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import pytest
 
+from tests.backends.nbd_servers import NbdServer, qemu_nbd
+from tests.conftest import Mounter
+from tests.mounts import HealfsMount, Status
 from tests.vm.conftest import Boot
 from tests.vm.guest import Bus, Guest
+from tests.vm.network import Network
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
-BUSES: tuple[Bus, ...] = ("virtio-blk", "virtio-scsi")
+BUSES: tuple[Bus, ...] = get_args(Bus)
 SIZE = 256 << 20
+# Seconds by the guest's own clock.
+OUTAGE = 20
+
+Failure = Literal["killed", "stopped", "partitioned"]
+
+
+class Outage(NamedTuple):
+    """A source for healfs mount, and how to take what is behind it away and give it back."""
+
+    source: str
+    begin: Callable[[], object]
+    end: Callable[[], object]
+
+
+class Outages(Protocol):
+    def __call__(self, failure: Failure) -> Outage: ...
 
 
 def sparse(path: Path) -> Path:
@@ -48,6 +71,151 @@ def assert_nothing_noticed(guest: Guest) -> None:
     guest.power_off(60)
 
 
+@pytest.fixture
+def outages(tmp_path: Path) -> Iterator[Outages]:
+    """Makes the one NBD server of a test, and the way in which it will fail."""
+    with ExitStack() as stack:
+
+        def make(failure: Failure) -> Outage:
+            image = sparse(tmp_path / "image")
+            if failure == "partitioned":
+                network = stack.enter_context(Network())
+                server = NbdServer(
+                    lambda server: [
+                        *network.inside,
+                        *("qemu-nbd", "-f", "raw", "-t", "-e", "16", "--discard=unmap"),
+                        *("-b", network.address, "-p", str(server.port), str(image)),
+                    ],
+                    tcp=True,
+                )
+                # Nobody waits for it here: healfs mount does.
+                server.spawn()
+                stack.callback(server.close)
+                return Outage(f"nbd://{network.address}:{server.port}", network.down, network.up)
+            server = stack.enter_context(qemu_nbd(image, "--discard=unmap"))
+            if failure == "stopped":
+                return Outage(server.uri(), server.pause, server.resume)
+            return Outage(server.uri(), server.kill, server.start)
+
+        yield make
+
+
+def assert_qemu_answers(guest: Guest) -> None:
+    """QEMU's main loop turns, and the device has not been stopped below the guest."""
+    assert guest.qmp("query-status", deadline=10)["status"] == "running"
+    devices = guest.qmp("query-block", deadline=10)
+    assert [device["inserted"]["node-name"] for device in devices if "inserted" in device] == ["d"]
+    guest.qmp("query-blockstats", deadline=10)
+
+
+def sit_out(mount: HealfsMount, guest: Guest, outage: Outage) -> None:
+    """An outage under the writer: stalled, the guest alive and waiting, then going on."""
+    outage.begin()
+    mount.wait_until(waiting, 60)
+    since = guest.mark()
+    assert_qemu_answers(guest)
+    guest.wait_line(r"BEAT \d+", 10 * OUTAGE, since, count=OUTAGE)
+    # One may have been on its way through the serial port.
+    assert len(guest.said(r"FILE .*", since)) <= 1
+    assert waiting(mount.status())
+    assert_qemu_answers(guest)
+    outage.end()
+    go_on(mount, guest)
+
+
+def go_on(mount: HealfsMount, guest: Guest) -> None:
+    since = guest.mark()
+    guest.wait_line(r"FILE .*", 120, since, count=3)
+    mount.wait_state("ready")
+
+
+def waiting(status: Status) -> bool:
+    requests = status["requests"]
+    return bool(status["state"] == "stalled" and requests["parked"] + requests["in_flight"])
+
+
+# Every failure on every bus; `make test` has each failure once, on either bus.
+QUICK = {("virtio-blk", "killed"), ("virtio-scsi", "stopped"), ("virtio-blk", "partitioned")}
+CASES = [
+    pytest.param(bus, failure, marks=() if (bus, failure) in QUICK else pytest.mark.soak)
+    for failure in get_args(Failure)
+    for bus in BUSES
+]
+
+
+@pytest.mark.parametrize(("bus", "failure"), CASES)
+def test_guest_does_not_notice_an_outage(
+    healfs_mount: Mounter, boot: Boot, outages: Outages, bus: Bus, failure: Failure
+) -> None:
+    outage = outages(failure)
+    mount = healfs_mount(outage.source, "--slow-after", "2s")
+    guest = boot(mount.file, bus)
+    work(guest)
+    sit_out(mount, guest, outage)
+    assert mount.status()["outages"]["count"] == 1
+    assert_nothing_noticed(guest)
+    mount.umount()
+
+
+@pytest.mark.parametrize("bus", [pytest.param("virtio-blk", marks=pytest.mark.soak), "virtio-scsi"])
+def test_qemu_answers_with_a_flush_parked(
+    healfs_mount: Mounter, boot: Boot, outages: Outages, bus: Bus
+) -> None:
+    """The kernel holds the file's inode lock meanwhile; with aio=threads QEMU lives on."""
+    outage = outages("killed")
+    mount = healfs_mount(outage.source)
+    guest = boot(mount.file, bus)
+    work(guest)
+    guest.ask("pause", "PAUSED", 60)
+    outage.begin()
+    mount.wait_state("stalled")
+    since = guest.mark()
+    guest.send("flush")
+    parked = mount.wait_until(lambda status: status["requests"]["parked"] > 0)
+    assert parked["requests"]["parked"] == 1
+    assert_qemu_answers(guest)
+    guest.wait_line(r"BEAT \d+", 60, since, count=3)
+    assert guest.said(r"FLUSHED .*", since) == []
+    outage.end()
+    guest.wait_line("FLUSHED 0", 60, since)
+    guest.send("resume")
+    go_on(mount, guest)
+    assert_nothing_noticed(guest)
+
+
+def test_guest_notices_when_the_policy_says_report(
+    healfs_mount: Mounter, boot: Boot, outages: Outages
+) -> None:
+    """The control: without retry the same outage turns ext4 read-only."""
+    outage = outages("killed")
+    mount = healfs_mount(outage.source, "--werror", "report", "--rerror", "report")
+    guest = boot(mount.file)
+    work(guest)
+    outage.begin()
+    guest.wait_line(r"WRITE-ERROR .*", 60)
+    guest.ask("stop", "STOPPED", 60)
+    guest.ask("report", "REPORTED", 30)
+    assert guest.said(r"MOUNT .*") == ["MOUNT ro"]
+    assert guest.said(r"KERNEL .*I/O error.*")
+    assert guest.said(r"KERNEL .*Remounting filesystem read-only.*")
+
+
+def test_killed_guest_is_let_go(healfs_mount: Mounter, boot: Boot, outages: Outages) -> None:
+    """kill -9 of QEMU during an outage: its process ends, and nothing of it stays parked."""
+    outage = outages("killed")
+    mount = healfs_mount(outage.source)
+    guest = boot(mount.file)
+    work(guest)
+    outage.begin()
+    mount.wait_until(waiting)
+    guest.stop()
+    mount.wait_until(lambda status: status["requests"]["parked"] == 0)
+    outage.end()
+    mount.wait_state("ready")
+    mount.umount()
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("bus", BUSES)
 def test_guest_on_a_plain_file(boot: Boot, tmp_path: Path, bus: Bus) -> None:
     """The guest and its checks by themselves, without healfs."""
@@ -55,7 +223,7 @@ def test_guest_on_a_plain_file(boot: Boot, tmp_path: Path, bus: Bus) -> None:
     work(guest)
     guest.ask("pause", "PAUSED", 30)
     guest.ask("flush", "FLUSHED 0", 30)
-    assert guest.qmp("query-status")["status"] == "running"
+    assert_qemu_answers(guest)
     since = guest.mark()
     guest.send("resume")
     guest.wait_line(r"FILE .*", 60, since)

@@ -1,0 +1,93 @@
+"""Talking to the daemon of one mount: errors that name the mount, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from healfs.cli.output import CliError, bad_input
+from healfs.control import client, mounts
+from healfs.control.client import Client, CommandFailed, ControlError
+from healfs.control.mounts import Mount, MountsError
+
+
+def find(path: str) -> Mount:
+    """The mount the operator names; what is none is bad input."""
+    try:
+        return mounts.find(path)
+    except MountsError as exc:
+        bad_input(str(exc))
+
+
+@contextlib.contextmanager
+def connected(mount: Mount, timeout: float) -> Iterator[Client]:
+    """A client; the errors inside name the mount, and the log where the daemon failed."""
+    try:
+        with client.connect(mount.control, timeout) as connection:
+            yield connection
+    except CommandFailed as exc:
+        raise CliError(f"{mount.mountpoint}: {exc}") from None
+    except ControlError as exc:
+        advice = f"see {mount.log}"
+        if mount.is_dead():
+            advice += f"; healfs umount {mount.mountpoint} clears what it left"
+        raise CliError(f"{mount.mountpoint}: {exc}; {advice}") from None
+
+
+def is_mounted(mountpoint: str) -> bool:
+    """As the kernel says in mountinfo, which asks nothing of the mount."""
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        place = line.split(b" ")[4]
+        for code in (b"\\040", b"\\011", b"\\012", b"\\134"):
+            place = place.replace(code, bytes([int(code[1:], 8)]))
+        if place == os.fsencode(mountpoint):
+            return True
+    return False
+
+
+def detach(mountpoint: str) -> None:
+    """Unmount what a dead daemon left. Raises CliError."""
+    if not is_mounted(mountpoint):
+        return
+    command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
+    try:
+        done = subprocess.run(
+            [*command, "--", mountpoint], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise CliError(f"{mountpoint}: cannot unmount: {exc}") from None
+    if done.returncode and is_mounted(mountpoint):
+        raise CliError(f"{mountpoint}: cannot unmount: {done.stderr}")
+
+
+class Processes:
+    """Processes of a daemon, held so that another with the same pid cannot be mistaken for one."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._fds: list[int] = []
+        for pid in pids:
+            # ESRCH: gone. EINVAL: no pid (0 while no worker runs).
+            with contextlib.suppress(OSError):
+                self._fds.append(os.pidfd_open(pid))
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for fd in self._fds:
+            os.close(fd)
+
+    def wait(self, seconds: float) -> bool:
+        """True when all are gone within `seconds`."""
+        deadline = time.monotonic() + seconds
+        for fd in self._fds:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
+                return False
+        return True

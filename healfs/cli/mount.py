@@ -1,0 +1,310 @@
+"""healfs mount: checks what can be checked here, starts the keeper, waits until it is ready."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import which
+from types import FrameType
+from typing import IO, Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+import click
+from rich.console import Console
+
+from healfs.cli import exit_status
+from healfs.cli.daemons import detach, is_mounted
+from healfs.cli.output import CliError, bad_input, error_line, one_line
+from healfs.cli.policy_options import DURATION, SIZE, changes, policy_options
+from healfs.config import MountConfig
+from healfs.control import mounts
+from healfs.core.policy import Policy
+
+_STOP_SECONDS = 5.0  # what a keeper that was told to end may take
+_FUSE_SYSCTLS = Path("/proc/sys/fs/fuse")
+_SCHEMES = ("nbd", "nbd+unix")
+_AS_GIVEN = (
+    *("name", "read_only", "create", "slow_after", "device"),
+    *("allow_other", "no_wait", "size", "foreground"),
+)
+
+
+@click.command()
+@click.argument("source")
+@click.argument("mountpoint")
+@click.option("--name", default="disk.img", help="The disk's file name. [disk.img]")
+@click.option("--read-only", is_flag=True, help="A disk that cannot be written.")
+@click.option("--create", type=SIZE, metavar="SIZE", help="First create SOURCE, a sparse file.")
+@policy_options
+@click.option(
+    "--slow-after",
+    type=DURATION,
+    default="5s",
+    help="Report the disk as stalled when no answer comes for so long. [5s]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["virtio-blk", "scsi"]),
+    default="virtio-blk",
+    help="The guest's kind of disk: whose status or sense is shown in events. [virtio-blk]",
+)
+@click.option("--foreground", is_flag=True, help="Stay, and end the mount on Ctrl-C or SIGTERM.")
+@click.option("--allow-other", is_flag=True, help="Let other users in (libvirt's qemu).")
+@click.option("--no-wait", is_flag=True, help="Mount while the backend is away. Needs --size.")
+@click.option("--size", type=SIZE, help="The disk's size, with --no-wait.")
+@click.option(
+    "--fault", type=click.Path(), metavar="FILE", help="Inject the faults that FILE says (drills)."
+)
+def mount(source: str, mountpoint: str, **options: Any) -> None:
+    """Mount SOURCE (a file, a block device, or an NBD URI) as a disk's file in MOUNTPOINT.
+
+    Prints the path of the disk's file and goes to the background. Durations: 500ms, 5s, 2m,
+    1h, 0. Sizes: 512, 64M, 10G.
+    """
+    config = _configure(source, mountpoint, options)
+    _check_host(config)
+    _check_mountpoint(config.mountpoint)
+    _run(config)
+
+
+def _configure(source: str, mountpoint: str, options: dict[str, Any]) -> MountConfig:
+    """Raises CliError, PolicyError: what was asked cannot be."""
+    name = options["name"]
+    if name in ("", ".", "..") or "/" in name or len(os.fsencode(name)) > 255:
+        bad_input(f"--name {name!r}: not a file name")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        bad_input(f"--name {name!r}: control characters are not allowed")
+    if options["no_wait"] and options["size"] is None:
+        bad_input("--no-wait needs --size: nobody can be asked for it")
+    if options["size"] is not None and not options["no_wait"]:
+        bad_input("--size goes with --no-wait; to make a new file, use --create")
+    if options["create"] is not None and (options["no_wait"] or options["read_only"]):
+        bad_input("--create does not go with --no-wait or --read-only")
+    if not 0.1 <= options["slow_after"] <= 3600:
+        bad_input("--slow-after: must be from 100ms to 1h")
+    is_uri, source = _absolute_source(source)
+    if is_uri and options["create"] is not None:
+        bad_input("--create is for files; an NBD server makes its own exports")
+    fault = options["fault"]
+    read, write = changes(options)
+    return MountConfig(
+        source=source,
+        mountpoint=mounts.canonical(mountpoint),
+        policy=Policy().change(read, write),
+        fault=os.path.abspath(fault) if fault is not None else None,
+        **{key: options[key] for key in _AS_GIVEN},
+    )
+
+
+def _absolute_source(source: str) -> tuple[bool, str]:
+    """Whether it is a URI, and the source as seen from any directory."""
+    if not source:
+        bad_input("SOURCE is empty; give a path or an NBD URI")
+    scheme, colon, _ = source.partition("://")
+    if not colon or "/" in scheme:
+        return False, os.path.abspath(source)
+    if scheme not in _SCHEMES:
+        bad_input(f"{scheme}://: unknown scheme; there are a path, nbd:// and nbd+unix://")
+    if scheme == "nbd+unix":
+        parts = urlsplit(source)
+        query = parse_qsl(parts.query, keep_blank_values=True)
+        query = [(k, os.path.abspath(v) if k == "socket" and v else v) for k, v in query]
+        encoded = urlencode(query, safe="/", quote_via=quote)
+        source = urlunsplit(parts._replace(query=encoded, netloc=parts.netloc))
+        if not parts.netloc and not source.startswith("nbd+unix://"):
+            # urlunsplit knows no empty authority for schemes that are new to it.
+            source = source.replace("nbd+unix:", "nbd+unix://", 1)
+    return True, source
+
+
+def _check_host(config: MountConfig) -> None:
+    for sysctl in ("default_request_timeout", "max_request_timeout"):
+        try:
+            value = (_FUSE_SYSCTLS / sysctl).read_text().strip()
+        except OSError:
+            continue  # an older kernel, which has no such limit
+        if value != "0":
+            bad_input(
+                f"fs.fuse.{sysctl} is {value}: the kernel would end the mount in an outage; "
+                f"run: sysctl fs.fuse.{sysctl}=0"
+            )
+    if not os.path.exists("/dev/fuse"):
+        bad_input("/dev/fuse is missing; run: modprobe fuse")
+    if os.geteuid() == 0:
+        return
+    if which("fusermount3") is None:
+        bad_input("fusermount3 is missing; install the package fuse3, or mount as root")
+    if config.allow_other:
+        try:
+            lines = Path("/etc/fuse.conf").read_text().split("\n")
+        except OSError:
+            lines = []
+        if "user_allow_other" not in (line.strip() for line in lines):
+            bad_input("--allow-other: add a line user_allow_other to /etc/fuse.conf first")
+
+
+def _check_mountpoint(mountpoint: str) -> None:
+    # mountinfo first: a mount that hangs must not be asked anything.
+    if is_mounted(mountpoint):
+        bad_input(f"{mountpoint}: something is mounted there already")
+    try:
+        with os.scandir(mountpoint) as entries:
+            if next(entries, None) is not None:
+                bad_input(f"{mountpoint}: not empty; take an empty directory")
+    except FileNotFoundError:
+        bad_input(f"{mountpoint}: no such directory; make it first: mkdir -p {mountpoint}")
+    except NotADirectoryError:
+        bad_input(f"{mountpoint}: not a directory")
+    except OSError as exc:
+        bad_input(f"{mountpoint}: {exc.strerror}")
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP came while the mount was being made."""
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    def terminated(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    saved = [signal.signal(number, terminated) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, saved, strict=True):
+            signal.signal(number, handler)
+
+
+def _run(config: MountConfig) -> None:
+    ready_read, ready_write = os.pipe()
+    with open(ready_read, encoding="utf-8", errors="replace") as ready:
+        try:
+            with _signals_raise():
+                keeper = _start(config, ready_write)
+                try:
+                    os.close(ready_write)
+                    ready_write = -1
+                    _hand_over(keeper, config)
+                    _wait_ready(ready, config)
+                    # A background keeper is detached now: a signal that comes later is not its.
+                    if not config.foreground:
+                        return
+                except BaseException:
+                    _end(keeper, config)
+                    raise
+                _stay(keeper, config)
+        except (KeyboardInterrupt, _Terminated):
+            raise CliError("interrupted; nothing is mounted", exit_status.INTERRUPTED) from None
+        finally:
+            if ready_write >= 0:
+                os.close(ready_write)
+
+
+def _start(config: MountConfig, ready: int) -> subprocess.Popen[bytes]:
+    output: Any = None
+    with contextlib.ExitStack() as stack:
+        if not config.foreground:
+            # A traceback that no logger caught is for the log, not for the operator's terminal.
+            path = mounts.log_path(config.mountpoint)
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            output = stack.enter_context(open(path, "ab"))
+        return subprocess.Popen(
+            [sys.executable, "-m", "healfs.daemon.keeper", str(ready)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=(ready,),
+            start_new_session=not config.foreground,
+            # A group of its own: Ctrl-C reaches the keeper once, from here.
+            process_group=0 if config.foreground else None,
+        )
+
+
+def _hand_over(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
+    assert keeper.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died: the ready pipe tells
+        keeper.stdin.write(config.to_json().encode())
+        keeper.stdin.close()
+
+
+def _wait_ready(ready: IO[str], config: MountConfig) -> None:
+    """Until the keeper says ready. Raises CliError."""
+    terminal = Console(stderr=True, highlight=False)
+    with contextlib.ExitStack() as stack:
+        spinner = None
+        for line in ready:
+            try:
+                message = json.loads(line)
+                event = message["event"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if event == "waiting":
+                text = one_line(f"{message.get('message', 'waiting')} (Ctrl-C ends it)")
+                if not terminal.is_terminal:
+                    error_line(text)
+                elif spinner is None:
+                    spinner = stack.enter_context(terminal.status(""))
+                if spinner is not None:
+                    spinner.update(text.replace("[", r"\["))
+            elif event == "ready":
+                stack.close()
+                click.echo(message["file"])
+                return
+            elif event == "error":
+                stack.close()
+                status = message.get("status", exit_status.FAILURE)
+                raise CliError(str(message.get("message")), int(status))
+    log = "what it said" if config.foreground else mounts.log_path(config.mountpoint)
+    raise CliError(f"the daemon died; see {log}")
+
+
+def _end(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
+    """End a keeper that is not wanted, and leave nothing behind. Signals wait meanwhile."""
+    signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        if keeper.stdin is not None:
+            with contextlib.suppress(OSError):
+                keeper.stdin.close()
+        keeper.terminate()
+        try:
+            keeper.wait(_STOP_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+        # It leads its process group, and its worker is in it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(keeper.pid, signal.SIGKILL)
+        keeper.wait()
+        detach(config.mountpoint)
+        for left in mounts.list_mounts():
+            if left.mountpoint == config.mountpoint:
+                mounts.clear_dead(left)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _stay(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
+    """In the foreground: pass on what ends it, and end as it ends."""
+    while True:
+        try:
+            status = keeper.wait()
+            break
+        except KeyboardInterrupt:
+            keeper.send_signal(signal.SIGINT)
+        except _Terminated:
+            keeper.send_signal(signal.SIGTERM)
+    if status < 0:
+        detach(config.mountpoint)
+        raise CliError(f"the daemon died of {signal.Signals(-status).name}")
+    if status:
+        raise CliError(f"the daemon ended with status {status}", status)

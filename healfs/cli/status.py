@@ -1,0 +1,207 @@
+"""healfs status and healfs list: what a mount does, in at most 5 s, whatever its daemon does."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import click
+from rich.text import Text
+
+from healfs.cli.daemons import connected, find
+from healfs.cli.output import CliError, console, fields, print_json, state_text, table
+from healfs.cli.policy import sentence
+from healfs.config import format_duration, format_size
+from healfs.control import mounts
+from healfs.control.client import ControlError, connect
+from healfs.control.mounts import Mount
+
+_TIMEOUT = 4.0  # of the 5 s, some are for starting this program
+_MAXIMUM_THREADS = 64
+
+Status = dict[str, Any]
+
+
+@click.command()
+@click.argument("mountpoint", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
+def status(mountpoint: str | None, as_json: bool) -> None:
+    """Show the state of the disk at MOUNTPOINT, or of all disks."""
+    if mountpoint is None:
+        found = _ask_all(mounts.list_mounts())
+        if as_json:
+            print_json(found)
+        else:
+            _print_all(found)
+        return
+    mount = find(mountpoint)
+    if mount.is_dead():
+        raise CliError(
+            f"{mount.mountpoint}: the daemon is gone; see {mount.log}; "
+            f"healfs umount {mount.mountpoint} clears what it left"
+        )
+    with connected(mount, _TIMEOUT) as client:
+        answer = client.execute("healfs-query-status")
+    if as_json:
+        print_json(answer)
+    else:
+        _print_one(mount, answer)
+
+
+@click.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
+def list_(as_json: bool) -> None:
+    """List the mounts of this user. Asks no daemon."""
+    rows = [_record(mount) for mount in mounts.list_mounts()]
+    if as_json:
+        print_json(rows)
+        return
+    result = table("MOUNTPOINT", "FILE", "SOURCE", "KEEPER", "STATE")
+    for row in rows:
+        result.add_row(
+            *(Text(str(row[key])) for key in ("mountpoint", "file", "source")),
+            str(row["pids"]["keeper"]),
+            state_text(row["state"]),
+        )
+    _print_table(result)
+
+
+def _record(mount: Mount) -> Status:
+    """What is known without asking the daemon; keys as in the status object."""
+    return {
+        "mountpoint": mount.mountpoint,
+        "file": mount.file,
+        "source": mount.source,
+        "control": mount.control,
+        "log": mount.log,
+        "pids": {"keeper": mount.keeper, "worker": mount.worker},
+        "state": "dead" if mount.is_dead() else "mounted",
+    }
+
+
+def _ask_all(found: list[Mount]) -> list[Status]:
+    if not found:
+        return []
+    with ThreadPoolExecutor(min(len(found), _MAXIMUM_THREADS)) as pool:
+        return list(pool.map(_ask, found))
+
+
+def _ask(mount: Mount) -> Status:
+    record = _record(mount)
+    if record["state"] == "dead":
+        return record
+    try:
+        with connect(mount.control, _TIMEOUT) as client:
+            answer: Status = client.execute("healfs-query-status")
+            return answer
+    except ControlError as exc:
+        return {**record, "state": "no answer", "reason": str(exc)}
+
+
+def _print_table(result: Any) -> None:
+    if result.row_count:
+        console().print(result)
+    else:
+        click.echo("no mounts")
+
+
+def _print_all(found: list[Status]) -> None:
+    result = table("MOUNTPOINT", "STATE", "FOR", "IN FLIGHT", "PARKED", "SOURCE")
+    for one in found:
+        requests = one.get("requests") or {}
+        seconds = one.get("state_seconds")
+        result.add_row(
+            Text(str(one.get("mountpoint"))),
+            state_text(str(one.get("state", "?"))),
+            "" if seconds is None else format_duration(float(seconds)),
+            str(requests.get("in_flight", "")),
+            str(requests.get("parked", "")),
+            Text(str(one.get("source", ""))),
+        )
+    _print_table(result)
+
+
+def _print_one(mount: Mount, one: Status) -> None:
+    state = state_text(str(one.get("state", "?")))
+    if (seconds := one.get("state_seconds")) is not None:
+        state.append(f" for {format_duration(float(seconds))}")
+    if since := one.get("since"):
+        state.append(f", since {since}")
+    rows: list[tuple[str, object]] = [("state", state)]
+    if reason := one.get("reason"):
+        rows.append(("reason", reason))
+    rows += [
+        ("file", one.get("file", mount.file)),
+        ("source", one.get("source", mount.source)),
+    ]
+    if (size := one.get("size")) is not None:
+        rows.append(("size", f"{format_size(int(size))} ({size} bytes)"))
+    rows += _load_rows(one)
+    rows += _policy_rows(one)
+    rows += [
+        ("device", one.get("device", "?")),
+        ("control", one.get("control", mount.control)),
+        ("log", one.get("log", mount.log)),
+        ("pids", _counts(one.get("pids") or {})),
+        ("version", one.get("version", "?")),
+    ]
+    rows += _group("limits", [_limit(*item) for item in (one.get("limits") or {}).items()])
+    rows += _group("notes", one.get("notes") or [])
+    console().print(fields(rows))
+
+
+def _group(label: str, lines: list[str]) -> list[tuple[str, object]]:
+    return [(label if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _limit(name: str, value: Any) -> str:
+    used, limit = (value.get("used"), value.get("limit")) if isinstance(value, dict) else (0, value)
+    words = name.replace("_", " ")
+    return f"{words}: {limit}" if used is None else f"{words}: {used} of {limit}"
+
+
+def _counts(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+
+
+def _load_rows(one: Status) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    if requests := one.get("requests"):
+        rows.append(("requests", _counts(requests)))
+    if log := one.get("write_log"):
+        if log.get("enabled", True):
+            used, limit = int(log.get("bytes", 0)), int(log.get("limit_bytes", 0))
+            text = f"{log.get('requests', 0)} requests, {format_size(used)} of {format_size(limit)}"
+        else:
+            text = f"off: {log.get('reason') or 'no reason given'}"
+        rows.append(("write log", text))
+    if outages := one.get("outages"):
+        text = f"{outages.get('count', 0)}"
+        if current := outages.get("current_seconds"):
+            text += f", this one {format_duration(float(current))}"
+        if longest := outages.get("longest_seconds"):
+            text += f", the longest {format_duration(float(longest))}"
+        rows.append(("outages", text))
+    totals = one.get("totals") or {}
+    for kind, total in totals.items():
+        if isinstance(total, dict) and total.get("requests"):
+            text = f"{total['requests']} requests"
+            if total.get("bytes"):
+                text += f", {format_size(int(total['bytes']))}"
+            rows.append((kind.replace("_", " "), f"{text}, {total.get('errors', 0)} errors"))
+    counters = {key: n for key, n in totals.items() if not isinstance(n, dict) and n}
+    if counters:
+        rows.append(("totals", _counts(counters)))
+    return rows
+
+
+def _policy_rows(one: Status) -> list[tuple[str, object]]:
+    policies = one.get("policy") or {}
+    rows: list[tuple[str, object]] = [
+        (label, sentence(policies[direction]))
+        for direction, label in (("read", "policy, reads"), ("write", "policy, writes"))
+        if direction in policies
+    ]
+    if (slow := one.get("slow_after")) is not None:
+        rows.append(("slow after", format_duration(float(slow))))
+    return rows

@@ -1,0 +1,93 @@
+"""healfs umount: gives nothing up silently, and is done when the processes are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import Any
+
+import click
+
+from healfs.cli.daemons import Processes, connected, detach, find
+from healfs.cli.output import CliError, error_line
+from healfs.config import format_size
+from healfs.control import mounts
+from healfs.control.client import CommandFailed, ControlError, connect
+from healfs.control.mounts import Mount
+
+_COMMAND_SECONDS = 8.0  # the daemon itself stops trying after 5
+_FORCE_SECONDS = 4.0
+_END_SECONDS = 10.0
+
+
+@click.command()
+@click.argument("mountpoint")
+@click.option("--force", is_flag=True, help="Answer what waits with an error, and say what.")
+def umount(mountpoint: str, force: bool) -> None:
+    """Unmount the disk at MOUNTPOINT and end its daemon.
+
+    During an outage it tries for at most 5 s, says what waits, and leaves the mount as it is.
+    """
+    mount = find(mountpoint)
+    if mount.is_dead():
+        detach(mount.mountpoint)
+        mounts.clear_dead(mount)
+        error_line(f"{mount.mountpoint}: the daemon was gone already; cleared what it left")
+        return
+    if force:
+        _force(mount)
+        return
+    with (
+        connected(mount, _COMMAND_SECONDS) as client,
+        Processes({client.peer_pid, mount.keeper, mount.worker}) as processes,
+    ):
+        client.execute("healfs-umount", {"force": False})
+        if not processes.wait(_END_SECONDS):
+            raise ControlError("unmounted, but the daemon does not end")
+
+
+def _force(mount: Mount) -> None:
+    try:
+        with (
+            connect(mount.control, _FORCE_SECONDS) as client,
+            Processes({client.peer_pid, mount.keeper, mount.worker}) as processes,
+        ):
+            _tell(mount, client.execute("healfs-umount", {"force": True}))
+            if processes.wait(_FORCE_SECONDS):
+                return
+    except CommandFailed as exc:
+        raise CliError(f"{mount.mountpoint}: {exc}") from None
+    except ControlError as exc:
+        if mount.is_dead():
+            detach(mount.mountpoint)
+            mounts.clear_dead(mount)
+            return
+        error_line(f"{mount.mountpoint}: {exc}")
+    _kill(mount)
+
+
+def _kill(mount: Mount) -> None:
+    """The daemon hangs: end it by force. Its requests are answered by the kernel, with EIO."""
+    # The record is the keeper's own, and somebody listens on its socket: it lives.
+    with Processes({mount.keeper, mount.worker}) as processes:
+        for pid in {mount.keeper, mount.worker} - {0}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        gone = processes.wait(_FORCE_SECONDS)
+    detach(mount.mountpoint)
+    mounts.clear_dead(mount)
+    if not gone:
+        raise CliError(f"{mount.mountpoint}: unmounted, but the daemon does not end")
+    error_line(f"{mount.mountpoint}: the daemon did not end by itself and was killed")
+
+
+def _tell(mount: Mount, answer: Any) -> None:
+    """Each kind of request that was answered with an error: how many, how much."""
+    given_up = answer.get("given_up") if isinstance(answer, dict) else None
+    parts = [
+        f"{count.get('requests', 0)} {kind.replace('_', ' ')} ({format_size(count.get('bytes', 0))})"
+        for kind, count in (given_up or {}).items()
+    ]
+    if parts:
+        error_line(f"{mount.mountpoint}: given up, answered with an error: {', '.join(parts)}")

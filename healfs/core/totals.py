@@ -1,0 +1,39 @@
+"""What was done since the mount: counters only."""
+
+from __future__ import annotations
+
+from healfs.core.request import Kind
+
+
+class Totals:
+    """By Kind: requests answered, bytes of those answered with success, errors."""
+
+    def __init__(self) -> None:
+        self.requests = [0] * len(Kind)
+        self.bytes = [0] * len(Kind)
+        self.errors = [0] * len(Kind)
+        self.retries = 0
+        self.reconnects = 0
+        self.ignored_bytes = 0
+
+    def count(self, kind: Kind, length: int, errno: int) -> None:
+        self.requests[kind] += 1
+        if errno:
+            self.errors[kind] += 1
+        else:
+            self.bytes[kind] += length
+
+    def as_dict(self) -> dict[str, object]:
+        kinds: dict[str, object] = {
+            kind.name.lower(): {
+                "requests": self.requests[kind],
+                "bytes": self.bytes[kind],
+                "errors": self.errors[kind],
+            }
+            for kind in Kind
+        }
+        return kinds | {
+            "retries": self.retries,
+            "reconnects": self.reconnects,
+            "ignored_bytes": self.ignored_bytes,
+        }

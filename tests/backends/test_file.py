@@ -1,0 +1,392 @@
+"""What the file backend promises beyond the contract: errors, locks, the fence, no blocking."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from healfs.backends import file as file_module
+from healfs.backends.base import SourceError
+from healfs.backends.buffers import Pool
+from healfs.backends.file import FileBackend
+from healfs.core.request import Kind
+from tests.backends.conftest import (
+    DEADLINE,
+    Client,
+    HeldStore,
+    connected,
+    eventually,
+    make_request,
+)
+from tests.backends.nbd_servers import qemu_nbd
+
+both_queues = pytest.mark.parametrize("use_uring", [True, False], ids=["uring", "threads"])
+
+
+async def refused(backend: FileBackend) -> str:
+    """The one line of a SourceError."""
+    with trio.fail_after(DEADLINE):
+        with pytest.raises(SourceError) as caught:
+            await backend.connect()
+    await backend.aclose()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+async def test_create_makes_a_sparse_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "new.img"
+    backend = FileBackend(str(path), create=1 << 30)
+    assert (await backend.connect()).size == 1 << 30
+    assert path.stat().st_blocks * 512 < 1 << 20
+    backend.close()
+    assert (await backend.connect()).size == 1 << 30  # not made again
+    await backend.aclose()
+    assert "exists; leave out --create" in await refused(FileBackend(str(path), create=1 << 20))
+    assert path.stat().st_size == 1 << 30
+
+
+async def test_create_of_more_than_the_file_system_takes_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "new.img"
+    assert "cannot make" in await refused(FileBackend(str(path), create=1 << 62))
+    assert not path.exists()
+
+
+async def test_wrong_sources_are_named(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    assert f"no such file: {missing}; --create SIZE" in await refused(FileBackend(missing))
+    assert "is a directory" in await refused(FileBackend(str(tmp_path)))
+    inside = str(tmp_path / "missing" / "disk.img")
+    assert "no such directory" in await refused(FileBackend(inside, create=4096))
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert "0 bytes" in await refused(FileBackend(str(empty)))
+    assert "neither a regular file" in await refused(FileBackend("/dev/null"))
+    os.mkfifo(tmp_path / "fifo")
+    assert "neither a regular file" in await refused(FileBackend(str(tmp_path / "fifo")))
+
+
+async def test_no_permission_is_named(image: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may everything")
+    image.chmod(0o400)
+    assert "for writing; --read-only" in await refused(FileBackend(str(image)))
+
+
+async def test_a_path_that_was_there_once_is_away(image: Path) -> None:
+    backend = FileBackend(str(image))
+    await backend.connect()
+    backend.close()
+    image.rename(image.with_name("elsewhere"))
+    with pytest.raises(OSError) as caught:
+        await backend.connect()
+    assert not isinstance(caught.value, SourceError)
+    image.with_name("elsewhere").rename(image)
+    await backend.connect()
+    await backend.aclose()
+
+
+async def test_identity_is_the_file_not_the_path(image: Path) -> None:
+    backend = FileBackend(str(image))
+    first = (await backend.connect()).identity
+    backend.close()
+    other = image.with_name("other")
+    other.write_bytes(bytes(1 << 20))
+    other.rename(image)
+    assert (await backend.connect()).identity != first
+    await backend.aclose()
+
+
+async def test_a_read_beyond_a_shortened_file_is_an_error(image: Path) -> None:
+    async with connected(FileBackend(str(image))) as client:
+        os.truncate(image, 5000)
+        assert await client.do(make_request(Kind.READ, 4096, 4096)) == (errno.EIO, None)
+        assert len(await client.read(0, 4096)) == 4096
+
+
+async def test_forced_threads_are_noted(image: Path) -> None:
+    backend = FileBackend(str(image), use_uring=False)
+    assert any("threads are used" in note for note in (await backend.connect()).notes)
+    await backend.aclose()
+
+
+async def test_without_io_uring_threads_take_its_place(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No such system call: what a container's seccomp profile makes of io_uring_setup.
+    monkeypatch.setattr("healfs.backends.uring.SYS_IO_URING_SETUP", 1 << 20)
+    assert "io_uring is not available" in await refused(FileBackend(str(image), use_uring=True))
+    async with connected(FileBackend(str(image))) as client:
+        assert any("threads are used" in note for note in client.geometry.notes)
+        await client.write(0, b"x")
+        assert await client.read(0, 1) == b"x"
+
+
+async def test_o_direct_takes_payloads_from_any_address(loop_device: str) -> None:
+    payload = bytearray(os.urandom(8192))
+    async with connected(FileBackend(loop_device)) as client:
+        for skip in (0, 1, 80, 511):
+            await client.write(512, memoryview(payload)[skip : skip + 4096])
+            assert await client.read(512, 4096) == payload[skip : skip + 4096]
+
+
+async def test_a_block_device_is_exclusive_and_described(loop_device: str) -> None:
+    async with connected(FileBackend(loop_device)) as client:
+        assert (client.geometry.size, client.geometry.minimum_block) == (1 << 20, 512)
+        with pytest.raises(OSError) as caught:
+            os.open(loop_device, os.O_RDONLY | os.O_EXCL)
+        assert caught.value.errno == errno.EBUSY
+        assert "in use" in await refused(FileBackend(loop_device))
+
+
+async def test_a_full_file_system_is_enospc(tmp_path: Path) -> None:
+    mountpoint = tmp_path / "small"
+    mountpoint.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mountpoint)], timeout=20
+    )
+    if mounted.returncode:
+        pytest.skip("cannot mount a tmpfs")
+    try:
+        backend = FileBackend(str(mountpoint / "disk.img"), create=1 << 20)
+        async with connected(backend) as client:
+            # Half of it fits: the short write is continued, and then says why it was short.
+            request = make_request(Kind.WRITE, 0, data=bytes(512 << 10))
+            assert (await client.do(request))[0] == errno.ENOSPC
+            await client.do(make_request(Kind.DISCARD, 0, 512 << 10))
+            await client.write(0, b"x" * 4096)
+        await backend.aclose()
+    finally:
+        subprocess.run(["umount", "--lazy", str(mountpoint)], check=True, timeout=20)
+
+
+# --- exclusive use
+
+
+def qemu_io(image: Path, command: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["qemu-io", *options, "-f", "raw", "-c", command, str(image)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_an_image_that_qemu_writes_is_refused(image: Path, read_only: bool) -> None:
+    with qemu_nbd(image):
+        text = await refused(FileBackend(str(image), read_only=read_only))
+    assert "in use by QEMU or another healfs" in text
+    backend = FileBackend(str(image), read_only=read_only)
+    await backend.connect()
+    await backend.aclose()
+
+
+async def test_an_image_that_qemu_reads_is_refused_to_a_writer(image: Path) -> None:
+    with qemu_nbd(image, "--read-only"):
+        assert "in use" in await refused(FileBackend(str(image)))
+        reader = FileBackend(str(image), read_only=True)
+        await reader.connect()
+        await reader.aclose()
+
+
+async def test_qemu_refuses_an_image_that_healfs_has(image: Path) -> None:
+    backend = FileBackend(str(image))
+    await backend.connect()
+    for command, options in (("write 0 512", ()), ("read 0 512", ("-r",))):
+        done = qemu_io(image, command, *options)
+        assert done.returncode and "lock" in done.stderr
+    backend.close()  # away, not gone: the lock stays
+    assert "lock" in qemu_io(image, "write 0 512").stderr
+    await backend.aclose()
+    assert not qemu_io(image, "write 0 512").returncode
+
+
+async def test_qemu_may_read_but_not_write_beside_a_reader(image: Path) -> None:
+    backend = FileBackend(str(image), read_only=True)
+    await backend.connect()
+    assert "lock" in qemu_io(image, "write 0 512").stderr
+    assert not qemu_io(image, "read 0 512", "-r").returncode
+    await backend.aclose()
+
+
+async def test_a_second_healfs_is_refused_and_a_successor_waits(image: Path) -> None:
+    first = FileBackend(str(image))
+    await first.connect()
+    assert "in use" in await refused(FileBackend(str(image)))
+    assert "in use" in await refused(FileBackend(str(image), read_only=True))
+    successor = FileBackend(str(image), wait_for_lock=True)
+    with pytest.raises(OSError) as caught:
+        await successor.connect()
+    assert not isinstance(caught.value, SourceError)
+    await first.aclose()
+    await successor.connect()
+    await successor.aclose()
+
+
+async def test_a_reconnect_keeps_the_lock_throughout(image: Path) -> None:
+    backend = FileBackend(str(image))
+    for _ in range(3):
+        await backend.connect()
+        assert "in use" in await refused(FileBackend(str(image)))
+        backend.close()
+    await backend.aclose()
+
+
+# --- a store that does not answer
+
+
+async def make_progress(ticks: int = 20) -> None:
+    """The loop is alive: a task of it gets its turns."""
+    with trio.fail_after(DEADLINE):
+        for _ in range(ticks):
+            await trio.sleep(0.005)
+
+
+def flood(client: Client, count: int = 400) -> None:
+    for n in range(count):
+        if n % 4:
+            client.send(make_request(Kind.READ, n * 4096, 4096))
+        else:
+            client.send(make_request(Kind.WRITE, n * 4096, data=bytearray(b"old!" * 1024)))
+    client.send(make_request(Kind.FLUSH))
+
+
+@both_queues
+async def test_a_store_that_hangs_does_not_block_the_loop(
+    held_store: HeldStore, use_uring: bool
+) -> None:
+    backend = FileBackend(str(held_store.path), use_uring=use_uring)
+    async with connected(backend) as client:
+        with trio.fail_after(DEADLINE):
+            flood(client)
+        await make_progress()
+        await eventually(lambda: held_store.held() > 8)
+        assert not client.answers
+        held_store.release()
+        await client.until(lambda: len(client.answers) == 401)
+        assert not any(error for _, error, _ in client.answers)
+    await backend.aclose()
+
+
+@both_queues
+async def test_the_fence_holds_until_the_store_answered(
+    held_store: HeldStore, use_uring: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_module, "CONNECT_TIMEOUT", 0.2)
+    backend = FileBackend(str(held_store.path), use_uring=use_uring)
+    old = make_request(Kind.WRITE, 0, data=bytearray(b"old!" * 1024))
+    async with connected(backend) as client:
+        client.send(old)
+        await eventually(lambda: held_store.held() > 0)
+    for _ in range(2):
+        with pytest.raises(OSError) as caught:
+            await backend.connect()
+        assert caught.value.errno == errno.ETIMEDOUT
+    monkeypatch.setattr(file_module, "CONNECT_TIMEOUT", DEADLINE)
+    assert "in use" in await refused(FileBackend(str(held_store.path)))
+    held_store.release()
+    async with connected(backend) as second:
+        await second.write(0, bytearray(b"new!" * 1024))
+        assert await second.read(0, 4096) == b"new!" * 1024
+    assert not client.answers
+    await backend.aclose()
+
+
+@both_queues
+async def test_an_aborted_store_answers_with_errors(held_store: HeldStore, use_uring: bool) -> None:
+    async with connected(FileBackend(str(held_store.path), use_uring=use_uring)) as client:
+        flood(client, 100)
+        await eventually(lambda: held_store.held() > 0)
+        held_store.abort()
+        await client.until(lambda: len(client.answers) == 101)
+        assert all(error for _, error, _ in client.answers)
+
+
+HANGING = """
+import sys, trio
+from healfs.backends.file import FileBackend
+from healfs.core.request import Kind, Request
+
+async def main(path, use_uring):
+    backend = FileBackend(path, use_uring=use_uring == "True")
+    await backend.connect()
+    for n in range(40):
+        backend.submit(Request(Kind.READ, n * 4096, 4096, print), print)
+    backend.commit()
+    print("sent", flush=True)
+    await trio.to_thread.run_sync(sys.stdin.readline)
+    await backend.aclose()
+
+trio.run(main, *sys.argv[1:])
+"""
+
+
+@both_queues
+async def test_a_hung_store_does_not_keep_the_process(
+    held_store: HeldStore, use_uring: bool
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, str(held_store.path), str(use_uring)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None and process.stdin is not None
+        assert await trio.to_thread.run_sync(process.stdout.readline) == b"sent\n"
+        await eventually(lambda: held_store.held() > 8)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        await eventually(lambda: process.poll() is not None)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_pool_is_bounded_and_used_again() -> None:
+    pool = Pool(limit=8 * mmap.PAGESIZE)
+    taken = [pool.take(mmap.PAGESIZE) for _ in range(8)]
+    assert all(taken) and pool.take(1) is None
+    assert all(buffer and buffer.address % mmap.PAGESIZE == 0 for buffer in taken)
+    for buffer in taken:
+        assert buffer is not None
+        pool.give(buffer)
+    assert pool.take(1) in taken
+    # What lies free in other classes makes room; one of any size is always to be had.
+    assert Pool(limit=1).take(1 << 20) is not None
+    fresh = Pool(limit=8 * mmap.PAGESIZE)
+    small = fresh.take(1)
+    assert small is not None
+    fresh.give(small)
+    assert fresh.take(8 * mmap.PAGESIZE) is not None
+
+
+async def test_reads_that_find_no_buffer_wait_for_one(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_module, "BUFFER_LIMIT", 128 << 10)
+    image.write_bytes(b"\7" * (1 << 20))
+    async with connected(FileBackend(str(image))) as client:
+        client.send(*(make_request(Kind.READ, n << 16, 1 << 16) for n in range(16)))
+        client.send(make_request(Kind.READ, 0, 1 << 20))
+        await client.until(lambda: len(client.answers) == 17)
+        assert all(not e and d == b"\7" * r.length for r, e, d in client.answers)
+
+
+def test_created_images_are_the_owners_alone(tmp_path: Path) -> None:
+    async def make() -> None:
+        backend = FileBackend(str(tmp_path / "new.img"), create=4096)
+        await backend.connect()
+        await backend.aclose()
+
+    trio.run(make)
+    assert stat.S_IMODE((tmp_path / "new.img").stat().st_mode) == 0o600
