@@ -27,6 +27,10 @@ _EMPTY_LOG = {
 }
 
 
+class UnmountError(Exception):
+    """Not unmounted; the text says what waits and what to do."""
+
+
 def verbs(worker: Worker) -> dict[str, Verb]:
     """The command table of the control server."""
     return {
@@ -197,8 +201,6 @@ def _fields(given: dict[str, Any] | None) -> dict[str, object]:
 
 
 async def umount(worker: Worker, force: bool) -> dict[str, Any]:
-    from healfs.daemon.worker import UnmountError
-
     try:
         given_up = await worker.umount(force=force)
     except (UnmountError, OSError) as exc:

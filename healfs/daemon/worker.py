@@ -29,6 +29,7 @@ from healfs.core.engine import Engine
 from healfs.core.request import Kind, Request
 from healfs.core.states import State
 from healfs.daemon import commands, sources
+from healfs.daemon.commands import UnmountError
 from healfs.daemon.parent import Parent, ParentError
 from healfs.fuse.callers import Callers
 from healfs.fuse.channel import Channel
@@ -42,10 +43,6 @@ FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
 SEEK_SECONDS = 1.0  # an answer to SEEK_DATA is not worth waiting for: "all is data" is legal
 LOOK_SECONDS = 1.0  # between two looks at who waits
 DEVICE_NAMES = ("virtio-blk", "scsi")
-
-
-class UnmountError(Exception):
-    """Not unmounted; the text says what waits and what to do."""
 
 
 class Worker:
@@ -246,6 +243,7 @@ class Worker:
                     log.exception("internal error in the backend: the connection is given up")
                     error = OSError(e.EIO, f"internal error: {exc!r}")
                 self.engine.lost(error.errno or e.EIO, str(error.strerror or error))
+                self._somebody_waits.set()
             await self._wait_until_wanted()
             try:
                 geometry = await self.backend.connect()
@@ -317,9 +315,15 @@ class Worker:
         while True:
             await self._somebody_waits.wait()
             self._somebody_waits = trio.Event()
-            while self.channel.held and self.engine.state is not State.READY:
+            while self.channel.held and self._is_waiting():
                 self._let_go()
                 await trio.sleep(LOOK_SECONDS)
+
+    def _is_waiting(self) -> bool:
+        # In a disk that is ready, too: a failed request is tried again while others flow on.
+        requests = self.engine.status()["requests"]
+        assert isinstance(requests, dict)
+        return self.engine.state is not State.READY or requests["parked"] > 0
 
     # --- the end ----------------------------------------------------------------------------
 
