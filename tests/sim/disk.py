@@ -218,6 +218,8 @@ class Server:
         elif self.fail_next:
             self.fail_next -= 1
             attempt.errno = ERRNOS[(self.which_errno + self.fail_next) % len(ERRNOS)]
+            if attempt.errno in REFUSED and kind not in (Kind.WRITE_ZEROES, Kind.DISCARD):
+                attempt.errno = e.EIO  # every server can read, write and flush
         return attempt.errno != 0
 
     def _apply_now(self, attempt: Attempt) -> None:

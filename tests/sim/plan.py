@@ -55,7 +55,9 @@ class Options:
     refused_entry: bool = False  # a write is refused for a while after each connection
 
     def only(self, names: set[str]) -> Options:
-        return replace(self, **{f.name: getattr(self, f.name) and f.name in names for f in fields(self)})
+        return replace(
+            self, **{f.name: getattr(self, f.name) and f.name in names for f in fields(self)}
+        )
 
 
 TODAY = Options()
@@ -116,9 +118,18 @@ class Plan:
 ERRNOS = (e.EIO, e.ENODATA, e.EREMOTEIO, e.ENOMEM, e.ESHUTDOWN, e.ESTALE, e.EOPNOTSUPP)
 
 # Options that are no entries of their own but change how others turn out.
-_MANNERS = {"torn", "cancel", "inside", "cache_loss", "session_flush", "flush_loses", "late", "fence"}
-_KINDS = (Kind.WRITE,) * 9 + (Kind.READ,) * 7 + (Kind.FLUSH,) * 4
-_KINDS += (Kind.WRITE_ZEROES, Kind.DISCARD)
+_MANNERS = {
+    "torn",
+    "cancel",
+    "inside",
+    "cache_loss",
+    "session_flush",
+    "flush_loses",
+    "late",
+    "fence",
+}
+_KINDS = [Kind.WRITE] * 9 + [Kind.READ] * 7 + [Kind.FLUSH] * 4
+_KINDS += [Kind.WRITE_ZEROES, Kind.DISCARD]
 
 
 def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:

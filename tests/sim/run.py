@@ -46,12 +46,17 @@ class Sum:
 
 
 def run_seed(
-    seed: int, options: Options = plans.TODAY, make: MakeWorld = make_world, total: Sum | None = None
+    seed: int,
+    options: Options = plans.TODAY,
+    make: MakeWorld = make_world,
+    total: Sum | None = None,
 ) -> Failure | None:
     """None: nothing found. The failure's plan is the whole one: see shrink."""
     plan = plans.make(seed, options)
     violation = _violation(plan, make, None, total)
-    return violation and Failure(seed, violation.rule, str(violation), plan)
+    if violation is None:
+        return None
+    return Failure(seed, violation.rule, str(violation), plan)
 
 
 def _violation(
@@ -116,7 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = plans.WITH_LOG if given.log else plans.TODAY
     options = replace(options, **{name: True for name in given.extra.split(",") if name})
     first = given.seed or 0
-    count = 1 if given.seed is not None and "--seeds" not in (arguments or sys.argv) else given.seeds
+    count = (
+        1 if given.seed is not None and "--seeds" not in (arguments or sys.argv) else given.seeds
+    )
     total, began, failed = Sum(), time.perf_counter(), 0
     for seed in range(first, first + count):
         failure = run_seed(seed, options, make_world, total)

@@ -48,11 +48,11 @@ class World:
         self.oracle = Oracle(plan.sectors, lambda sector: self.server.disk.stable[sector])
         if "settle" in inspect.signature(engine.__init__).parameters:
             more.setdefault("settle", plan.settle)
-        self.engine = engine(
-            self, Policy(), lambda: self.now, rng=random.Random(plan.seed), **more
-        )
+        self.engine = engine(self, Policy(), lambda: self.now, rng=random.Random(plan.seed), **more)
         parameters = inspect.signature(engine.connected).parameters
-        self._geometry = {"volatile_cache": True} if "volatile_cache" in parameters else {}
+        self._geometry: dict[str, Any] = (
+            {"volatile_cache": True} if "volatile_cache" in parameters else {}
+        )
         self._queues: dict[int, deque[Op]] = {}
         self._outstanding: dict[int, int] = {}
         self._requests: dict[int, Request] = {}
@@ -206,7 +206,7 @@ class World:
         self.engine.fenced(works)  # type: ignore[attr-defined]
 
     def wake_at(self, when: float) -> None:
-        # A timer never fires at once: an engine whose sums differ by a rounding would spin for ever.
+        # A timer never fires at once: else sums that differ by a rounding would spin for ever.
         self.later(max(when - self.now, 1e-6), self.engine.wake)
 
     def event(self, name: str, data: dict[str, object]) -> None:

@@ -213,6 +213,7 @@ def test_qemu_answers_with_a_flush_parked(
     guest.send("resume")
     go_on(mount, guest)
     assert_nothing_noticed(guest)
+    mount.umount()
 
 
 def test_guest_notices_when_the_policy_says_report(

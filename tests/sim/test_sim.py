@@ -1,0 +1,191 @@
+"""The engine in the simulator: a number of seeds, planted bugs, and the simulator itself."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
+
+import pytest
+
+from healfs.core.request import Kind, Request
+from tests.sim import plan as plans
+from tests.sim.oracle import Violation
+from tests.sim.plan import TODAY, WITH_LOG, Fault, Op, Options, Plan
+from tests.sim.planted import BUGS, Bug
+from tests.sim.run import first_failure, run_seed, shrink
+from tests.sim.world import World
+
+SEEDS = 400
+FOUND_WITHIN = 200
+
+# Seeds that failed once, with what was on then: they stay.
+REGRESSIONS: tuple[tuple[int, Options], ...] = ((6, TODAY),)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """A bug of the engine is a Violation here; its traceback would only fill the report."""
+    logger = logging.getLogger("healfs")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_no_seed_fails(part):
+    step = SEEDS // 4
+    failure = first_failure(range(part * step, (part + 1) * step))
+    if failure is not None:
+        pytest.fail(
+            "\n".join(["", *shrink(failure).trace(), f"seed {failure.seed}"]), pytrace=False
+        )
+
+
+@pytest.mark.parametrize(("seed", "options"), REGRESSIONS)
+def test_seeds_that_once_failed(seed, options):
+    assert run_seed(seed, options) is None
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_a_planted_bug_is_found(bug: Bug):
+    with bug.planted() as make:
+        failure = first_failure(range(FOUND_WITHIN), bug.options, make)
+        assert failure is not None, "the oracle does not see it"
+        assert failure.rule in bug.rules, failure.text
+
+
+def test_a_failure_is_reproduced_and_shrunk():
+    bug = next(bug for bug in BUGS if bug.name == "overlap ignored")
+    with bug.planted() as make:
+        failure = first_failure(range(FOUND_WITHIN), bug.options, make)
+        assert failure is not None
+        again = run_seed(failure.seed, bug.options, make)
+        assert again is not None and again.text == failure.text
+        short = shrink(failure, make)
+        assert len(short.plan.entries) <= 12
+        assert short.rule == failure.rule
+        assert short.trace(make)[-1].startswith(failure.rule)
+
+
+def test_a_seed_gives_the_same_run_every_time():
+    traces = []
+    for _ in range(2):
+        trace: list[str] = []
+        World(plans.make(11), trace=trace).run()
+        traces.append(trace)
+    assert traces[0] == traces[1] and len(traces[0]) > 1000
+
+
+def test_every_fault_and_every_event_occurs():
+    """A simulator in which nothing goes wrong proves nothing."""
+
+    seen: Counter[str] = Counter()
+
+    class Counting(World):
+        def event(self, name: str, data: dict[str, object]) -> None:
+            seen[name] += 1
+
+        def send(self, request: Request) -> None:
+            seen["sent again" if request.attempts > 1 else "sent"] += 1
+            super().send(request)
+
+        def _answered(self, request: Request, errno: int, data: object) -> None:
+            seen[f"{request.kind.name} {'failed' if errno else 'done'}"] += 1
+            super()._answered(request, errno, data)
+
+    for seed in range(100):
+        plan = plans.make(seed)
+        seen.update(entry.name for entry in plan.entries if isinstance(entry, Fault))
+        Counting(plan).run()
+    events = {"BLOCK_IO_ERROR", "HEALFS_RECOVERED", "HEALFS_MISMATCH", "STOP", "RESUME"}
+    answers = {f"{kind.name} {how}" for kind in Kind for how in ("done", "failed")}
+    manners = {"torn", "cancel", "inside"}
+    faults = {f.name for f in fields(TODAY) if getattr(TODAY, f.name)} - manners
+    wanted = events | answers | faults | {"sent again", "HEALFS_DRAINED"}
+    assert not wanted - set(seen)
+    assert seen["sent again"] > 1000
+
+
+# --- the oracle by itself: it must neither be blind nor too strict ------------------------------
+
+
+def _plan(*entries: Op | Fault, options: Options = WITH_LOG) -> Plan:
+    return Plan(1, options, 16, 8, 10.0, entries)
+
+
+def _op(number: int, kind: Kind, at: float, sector: int = 0, count: int = 1, **more: bool) -> Op:
+    return Op(at, number, 0, kind, sector, count, **more)
+
+
+class Truthful(World):
+    """A world in which the tests say what the backend holds."""
+
+    def prepare(self, *ops: Op) -> None:
+        for op in ops:
+            self.oracle.submitted(op)
+
+
+def test_a_read_may_see_the_last_done_write_or_any_newer_one():
+    world = Truthful(_plan())
+    old, new, read = (
+        _op(n, kind, 0.0) for n, kind in enumerate((Kind.WRITE, Kind.WRITE, Kind.READ), 1)
+    )
+    world.prepare(old, new, read)
+    world.oracle.read(read, [1 << 8])  # nothing is done yet: anything goes
+    world.oracle.done(old)
+    world.oracle.read(read, [1 << 8])
+    world.oracle.read(read, [2 << 8])
+    world.oracle.done(new)
+    with pytest.raises(Violation, match="stale read"):
+        world.oracle.read(read, [1 << 8])
+
+
+def test_a_write_asked_for_after_the_read_does_not_bind_it():
+    world = Truthful(_plan())
+    old, read, new = _op(1, Kind.WRITE, 0.0), _op(2, Kind.READ, 0.0), _op(3, Kind.WRITE, 0.0)
+    world.prepare(old, read, new)
+    world.oracle.done(old)
+    world.oracle.done(new)
+    world.oracle.read(read, [1 << 8])
+    world.oracle.read(read, [3 << 8])
+
+
+def test_stable_is_what_was_done_before_the_flush_was_asked_for():
+    world = Truthful(_plan())
+    first, flush, second = (
+        _op(1, Kind.WRITE, 0.0),
+        _op(2, Kind.FLUSH, 0.0),
+        _op(3, Kind.WRITE, 0.0, 1),
+    )
+    world.prepare(first)
+    world.oracle.done(first)
+    world.prepare(flush, second)
+    world.oracle.done(second)
+    with pytest.raises(Violation, match="stable"):
+        world.oracle.done(flush)
+    world.prepare(_op(4, Kind.FLUSH, 0.0))
+    world.server.disk.write_through(0, 1 << 8)
+    with pytest.raises(Violation, match="sector 1"):
+        world.oracle.done(_op(4, Kind.FLUSH, 0.0))
+
+
+def test_stable_storage_never_goes_back():
+    world = Truthful(_plan())
+    older, newer = _op(1, Kind.WRITE, 0.0), _op(2, Kind.WRITE, 0.0, fua=True)
+    world.prepare(older, newer)
+    world.server.disk.write_through(0, 2 << 8)
+    world.oracle.done(newer)
+    with pytest.raises(Violation, match="stable"):
+        world.server.disk.write_through(0, 1 << 8)
+
+
+def test_what_is_in_the_wrong_place_is_garbage():
+    world = Truthful(_plan())
+    write, read = _op(1, Kind.WRITE, 0.0, 3, 2), _op(2, Kind.READ, 0.0, 3, 2)
+    world.prepare(write, read)
+    world.oracle.read(read, [1 << 8, 1 << 8 | 1])
+    with pytest.raises(Violation, match="garbage"):
+        world.oracle.read(read, [1 << 8 | 1, 1 << 8])
