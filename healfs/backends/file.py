@@ -317,8 +317,8 @@ class FileBackend(Backend):
         return opened.described(notes)
 
     def _start_session(self, opened: opening.Opened) -> tuple[_Session, tuple[str, ...]]:
-        # O_DIRECT submissions honour RWF_NOWAIT throughout: no need for patience.
-        patience = ENTRIES if opened.direct else PATIENCE
+        # O_DIRECT submissions to a block device never wait: no bound on them.
+        patience = ENTRIES if opened.direct else PATIENCE if opened.nonblocking else 0
         if self._use_uring is not False:
             try:
                 return _Session(opened, lambda s: Ring(ENTRIES, s.complete, patience=patience)), ()

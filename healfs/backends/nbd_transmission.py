@@ -131,6 +131,7 @@ class Transmission:
         self.pending: dict[int, Command] = {}
         self.queued = 0  # bytes of the stream that were ever in `out`
         self.sent = 0  # bytes of it that the socket took
+        self.missing = 0  # after `receive`: bytes to the end of the reply that is not whole, or 0
         self.closed = False  # set by whoever closes, also from inside `complete`
         self._structured = structured
         self._context = context
@@ -174,6 +175,7 @@ class Transmission:
         The data given to `complete` are slices of `view`. Raises ProtocolError.
         """
         pending = self.pending
+        self.missing = 0
         while end - pos >= 16 and not self.closed:
             magic, word, cookie = _REPLY.unpack_from(view, pos)
             command = pending.get(cookie)
@@ -196,6 +198,7 @@ class Transmission:
                     and length == command.length + 8
                 ):
                     if after > end:
+                        self.missing = after - end
                         break
                     if _U64.unpack_from(view, pos + 20)[0] != command.offset:
                         raise ProtocolError("data of a place that was not asked for")
@@ -204,6 +207,7 @@ class Transmission:
                 elif not self._chunk(
                     command, cookie, word, view[pos + 20 : min(after, end)], length
                 ):
+                    self.missing = after - end
                     break
             else:
                 raise ProtocolError(f"reply magic {magic:#x}")
@@ -224,6 +228,7 @@ class Transmission:
             if not error:
                 after += command.length
                 if after > end:
+                    self.missing = after - end
                     return pos
                 data = view[pos + 16 : after]
         del self.pending[cookie]

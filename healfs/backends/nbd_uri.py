@@ -37,6 +37,9 @@ def parse(text: str) -> NbdUri:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise SourceError(f"{text}: not an NBD URI: {error}") from error
+    if parts.username is not None:
+        # The text may hold a password: it is not repeated.
+        raise SourceError("an NBD URI with a user name needs TLS, which is not supported yet")
     if parts.scheme in ("nbds", "nbds+unix"):
         raise SourceError(f"{text}: TLS is not supported yet; use nbd:// or nbd+unix://")
     if parts.scheme not in ("nbd", "nbd+unix"):
@@ -46,14 +49,17 @@ def parse(text: str) -> NbdUri:
     export = _text(text, parts.path[1:])
     if len(export.encode()) > EXPORT_NAME_MAX or "\0" in export:
         raise SourceError(f"{text}: no NBD export can have this name")
-    query = parse_qsl(parts.query, keep_blank_values=True)
+    # In NBD URIs '+' is itself, as in RFC 3986, and no space, as in HTML forms.
+    query = parse_qsl(parts.query.replace("+", "%2B"), keep_blank_values=True)
     for key, _ in query:
         if key != "socket" or parts.scheme == "nbd":
             raise SourceError(f"{text}: unknown parameter {key!r}")
     if parts.scheme == "nbd":
         if not host:
             raise SourceError(f"{text}: a host is missing; write nbd://HOST[:PORT]/EXPORT")
-        return NbdUri(export, _text(text, host), DEFAULT_PORT if port is None else port)
+        if port == 0:
+            raise SourceError(f"{text}: port 0 is none")
+        return NbdUri(export, _text(text, host), port or DEFAULT_PORT)
     if parts.netloc:
         raise SourceError(
             f"{text}: a Unix socket has no host; write nbd+unix:///EXPORT?socket=PATH"

@@ -18,6 +18,9 @@ from healfs.backends.base import Geometry, SourceError
 BLKSSZGET = 0x1268  # linux/fs.h
 BLKGETSIZE64 = 0x80081272
 FALLOC_FL_KEEP_SIZE_PUNCH_HOLE = 0x03
+# linux/magic.h: EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC; statfs(2): f_type
+NONBLOCKING = (0xEF53, 0x58465342, 0x9123683E)
+STATFS_SIZE = 256  # struct statfs is at most 120
 MAX_HANDLE_SZ = 128  # linux/exportfs.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -43,6 +46,7 @@ _WRONG = {
 class Opened:
     fd: int
     direct: bool  # opened with O_DIRECT
+    nonblocking: bool  # on a file system whose RWF_NOWAIT holds, as far as that goes
     geometry: Geometry
 
     def described(self, notes: tuple[str, ...]) -> Geometry:
@@ -225,7 +229,14 @@ class Attempt:
             identity=identity,
             notes=tuple(self._notes),
         )
-        return Opened(fd, block, geometry)
+        return Opened(fd, block, block or _file_system(fd) in NONBLOCKING, geometry)
+
+
+def _file_system(fd: int) -> int:
+    answer = ctypes.create_string_buffer(STATFS_SIZE)
+    if _libc.fstatfs(fd, answer) != 0:
+        return 0
+    return ctypes.c_ulong.from_buffer(answer).value
 
 
 def _can_punch(fd: int, size: int) -> bool:

@@ -69,7 +69,8 @@ RWF_DSYNC = 0x00000002  # linux/fs.h
 # A buffered read whose page is not cached may make even a non-blocking submission wait for a
 # tag of the block device's queue, which has at least 64. So no more than this many go to the
 # kernel in one call, and once PATIENCE of them wait for storage, IOSQE_ASYNC keeps the rest
-# off our thread.
+# off our thread. Other file systems wait in a submission as they like (FUSE for a free
+# background slot: tried): patience 0 sends everything by IOSQE_ASYNC.
 BATCH = 32
 PATIENCE = 16
 
@@ -179,7 +180,7 @@ class Ring:
         self._next = 1  # user_data; 0 is a cancel's
         self._tail = 0
         self._submitted = 0
-        self._slow = False
+        self._slow = patience <= 0
 
     def _check(self, params: bytes) -> None:
         (features,) = struct.unpack_from("<I", params, PARAMS_FEATURES)

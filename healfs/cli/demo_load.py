@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field
 BLOCK = 16384
 THREADS = 8
 REPORT_EVERY = 0.1  # seconds
-LONG_WAIT = 0.5  # seconds: who waits longer counts as waiting
 
 _HEADER = struct.Struct("<8sQQ")
 _POOL = random.Random(20210223).randbytes(1 << 20)
@@ -37,7 +36,6 @@ class Report:
     time: float = 0.0
     written: int = 0  # blocks
     compared: int = 0  # blocks read back and right while the load ran
-    waiting: int = 0  # threads
     longest: float = 0.0  # seconds of the longest request
     errors: list[str] = field(default_factory=list)  # the first few
     error_count: int = 0
@@ -96,7 +94,6 @@ class Load:
         with self.lock:
             self.report.time = now
             waits = [now - began for began in self.began.values()]
-            self.report.waiting = sum(wait > LONG_WAIT for wait in waits)
             self.report.longest = max([self.report.longest, *waits])
             line = json.dumps(asdict(self.report))
         print(line, flush=True)

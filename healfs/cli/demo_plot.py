@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 HEIGHT = 6
 _LABEL = 10  # columns left of the axis
@@ -39,7 +40,7 @@ def plot(
     width = columns - _LABEL - 2
     step = (end - start) / width
     until = [_moved(samples, start + step * n) for n in range(width + 1)]
-    rates = [(after - before) / step for before, after in zip(until, until[1:], strict=False)]
+    rates = [(after - before) / step for before, after in pairwise(until)]
     top = max(rates) or 1.0
     glyphs = _EIGHTHS_ASCII if ascii_only else _EIGHTHS
     lines = []

@@ -23,12 +23,13 @@ _WINDOW = 0.5  # seconds over which the throughput shown is taken
 class Screen:
     """A context manager while the load runs; commands are printed above what changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds  # how long the load will run, at least
         self.console: Console = console()
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.samples: list[tuple[float, float]] = []  # CLOCK_MONOTONIC, bytes
         self.report = Report()
-        self.state = "?"
+        self.state = ""
         self.parked = 0
         self.shown = 0.0
         self.running = False
@@ -65,23 +66,25 @@ class Screen:
 
     def status(self, answer: dict[str, Any]) -> None:
         """`healfs status --json`."""
+        if self.state != answer["state"]:
+            self.shown = 0.0  # what happens is shown when it happens
         self.state = str(answer["state"])
         self.parked = int(answer["requests"]["parked"])
 
     def refresh(self) -> None:
         every = _REFRESH_EVERY if self.console.is_terminal else _LINE_EVERY
-        if not self.running or not self.samples or time.monotonic() < self.shown + every:
+        if not (self.running and self.state) or time.monotonic() < self.shown + every:
             return
         self.shown = time.monotonic()
         if self.console.is_terminal:
-            self.live.update(Group(*self._plot(()), self._line()), refresh=True)
+            self.live.update(Group(*self._plot((), self.seconds), self._line()), refresh=True)
         else:
             self._print(self._line())
 
     def _line(self) -> Text:
         one = self.report
         line = Text(f"{self.samples[-1][0] - self.samples[0][0]:5.1f} s  ")
-        line.append_text(state_text(f"{self.state:<9}"))
+        line.append_text(state_text(self.state)).append(" " * (10 - len(self.state)))
         line.append(f"{self._throughput() / 2**20:4.0f} MiB/s {self.parked:3} parked  ")
         if one.to_verify:
             line.append(f"{one.verified} of {one.to_verify} blocks verified")
@@ -96,12 +99,15 @@ class Screen:
         start, before = next(s for s in self.samples if s[0] >= end - _WINDOW)
         return (moved - before) / (end - start) if end > start else 0.0
 
-    def _plot(self, marks: Sequence[Mark]) -> list[Text]:
-        ascii_only = not self.console.encoding.lower().startswith("utf")
-        columns = min(80, self.console.width)
-        return [
-            Text(line) for line in plot(self.samples, marks, columns=columns, ascii_only=ascii_only)
-        ]
+    def _plot(self, marks: Sequence[Mark], span: float | None = None) -> list[Text]:
+        lines = plot(
+            self.samples,
+            marks,
+            columns=max(40, min(80, self.console.width)),
+            span=span,
+            ascii_only=not self.console.encoding.lower().startswith("utf"),
+        )
+        return [Text(line) for line in lines]
 
     def plot(self, marks: Sequence[Mark]) -> None:
         """The timeline of all that was."""

@@ -139,6 +139,8 @@ def _check_host(config: MountConfig) -> None:
         bad_input("/dev/fuse is missing; run: modprobe fuse")
     if os.geteuid() == 0:
         return
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        bad_input("/dev/fuse: permission denied; its usual mode is 0666, or mount as root")
     if which("fusermount3") is None:
         bad_input("fusermount3 is missing; install the package fuse3, or mount as root")
     if config.allow_other:

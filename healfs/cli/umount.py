@@ -40,7 +40,7 @@ def umount(mountpoint: str, force: bool) -> None:
         return
     with (
         connected(mount, _COMMAND_SECONDS) as client,
-        Processes({client.peer_pid, mount.keeper, mount.worker}) as processes,
+        Processes({mount.keeper, mount.worker}) as processes,
     ):
         client.execute("healfs-umount", {"force": False})
         if not processes.wait(_END_SECONDS):
@@ -51,10 +51,10 @@ def _force(mount: Mount) -> None:
     try:
         with (
             connect(mount.control, _FORCE_SECONDS) as client,
-            Processes({client.peer_pid, mount.keeper, mount.worker}) as processes,
+            Processes({mount.keeper, mount.worker}) as processes,
         ):
             _tell(mount, client.execute("healfs-umount", {"force": True}))
-            if processes.wait(_FORCE_SECONDS):
+            if processes.wait(client.left):
                 return
     except CommandFailed as exc:
         raise CliError(f"{mount.mountpoint}: {exc}") from None
@@ -86,8 +86,8 @@ def _tell(mount: Mount, answer: Any) -> None:
     """Each kind of request that was answered with an error: how many, how much."""
     given_up = answer.get("given_up") if isinstance(answer, dict) else None
     parts = [
-        f"{count.get('requests', 0)} {kind.replace('_', ' ')} ({format_size(count.get('bytes', 0))})"
-        for kind, count in (given_up or {}).items()
+        f"{n.get('requests', 0)} {kind.replace('_', ' ')} ({format_size(n.get('bytes', 0))})"
+        for kind, n in (given_up or {}).items()
     ]
     if parts:
         error_line(f"{mount.mountpoint}: given up, answered with an error: {', '.join(parts)}")

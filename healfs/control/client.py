@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 import time
 from collections import deque
 from types import TracebackType
@@ -27,21 +26,21 @@ class CommandFailed(ControlError):
 
 
 class Client:
-    """One connection, negotiated. `timeout`, seconds, bounds the connect and each execute()."""
+    """One connection, negotiated. `timeout`, seconds, bounds the whole conversation; an execute()
+    with a timeout of its own is bounded by that instead."""
 
     def __init__(self, path: str, timeout: float) -> None:
-        self._timeout = timeout
+        self._deadline = deadline = time.monotonic() + timeout
         self._input = bytearray()
         self._events: deque[dict[str, Any]] = deque()
         self._socket = socket.socket(socket.AF_UNIX)
-        deadline = time.monotonic() + timeout
         try:
             self._connect(path, deadline)
             greeting = self._message(deadline)
             if "QMP" not in greeting:
                 raise ControlError(greeting.get("error", {}).get("desc", "speaks no QMP"))
             self.version: str = str(greeting["QMP"].get("version", {}).get("package", ""))
-            self.execute("qmp_capabilities", timeout=deadline - time.monotonic())
+            self.execute("qmp_capabilities")
         except BaseException:
             self._socket.close()
             raise
@@ -70,20 +69,19 @@ class Client:
     ) -> None:
         self.close()
 
+    @property
+    def left(self) -> float:
+        """Seconds of the conversation's time that are left."""
+        return max(0.0, self._deadline - time.monotonic())
+
     def close(self) -> None:
         self._socket.close()
-
-    @property
-    def peer_pid(self) -> int:
-        """The process that made the socket listen: the keeper (SO_PEERCRED, unix(7))."""
-        raw = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int(struct.unpack("iII", raw)[0])
 
     def execute(
         self, name: str, arguments: dict[str, Any] | None = None, *, timeout: float | None = None
     ) -> Any:
         """The command's return value. Raises CommandFailed, ControlError."""
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        deadline = self._deadline if timeout is None else time.monotonic() + timeout
         request: dict[str, Any] = {"execute": name}
         if arguments:
             request["arguments"] = arguments

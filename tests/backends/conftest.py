@@ -158,9 +158,8 @@ def held_store(tmp_path: Path) -> Iterator[HeldStore]:
     log = tmp_path / "held.log"
     log.touch()
     script = Path(__file__).with_name("held_store.py")
-    # Its own time limit: a test that dies must not leave a store that holds requests for ever.
     process = subprocess.Popen(
-        ["timeout", "--kill-after=5", "90", sys.executable, script, mountpoint, log]
+        ["setpriv", "--pdeathsig", "KILL", sys.executable, script, mountpoint, log]
     )
     try:
         deadline = time.monotonic() + DEADLINE

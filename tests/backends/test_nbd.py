@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import nbd
 import pytest
 
 from healfs.backends.base import Extent
-from healfs.backends.nbd import PIECE_MAX
+from healfs.backends.nbd import PIECE_MAX, PIECES_IN_FLIGHT
 from healfs.core.request import Kind
-from tests.backends.nbd_disk import MIB, connected, pattern, read, req, write
+from tests.backends.nbd_disk import MIB, Disk, connected, pattern, read, req, write
 from tests.backends.nbd_servers import NbdServer, nbdkit, qemu_nbd
 
 
@@ -102,10 +103,18 @@ async def test_discard_is_trim(image: Path, discard: str) -> None:
     assert (image.stat().st_blocks * 512 < 16 * MIB) is (discard == "unmap")
 
 
-async def test_long_requests_are_split_to_the_servers_maximum(image: Path) -> None:
+def _lengths(log: Path, call: str) -> list[int]:
+    """The lengths of the calls that nbdkit's log filter saw."""
+    lines = [line for line in log.read_text().splitlines() if f" {call} " in line]
+    return [int(found[1], 16) for line in lines if (found := re.search(r"count=0x(\w+)", line))]
+
+
+async def test_long_requests_are_split_to_the_servers_maximum(image: Path, tmp_path: Path) -> None:
     policy = ["blocksize-minimum=4096", "blocksize-preferred=4096", "blocksize-maximum=65536"]
     policy += ["blocksize-error-policy=error"]
-    with nbdkit("--filter=blocksize-policy", "file", str(image), *policy) as server:
+    log = tmp_path / "calls"
+    filters = ["--filter=log", "--filter=blocksize-policy"]
+    with nbdkit(*filters, "file", str(image), *policy, f"logfile={log}") as server:
         async with connected(server.uri()) as disk:
             assert disk.geometry.minimum_block == 4096
             assert disk.geometry.maximum_payload == 65536
@@ -114,14 +123,20 @@ async def test_long_requests_are_split_to_the_servers_maximum(image: Path) -> No
             assert await disk.ok(read(0, MIB)) == data
             await disk.ok(req(Kind.WRITE_ZEROES, 4096, MIB - 4096), req(Kind.DISCARD, MIB, MIB))
     assert image.read_bytes()[:MIB] == data[:4096] + bytes(MIB - 4096)
+    for call, total in {"Write": MIB, "Read": MIB, "Zero": MIB - 4096, "Trim": MIB}.items():
+        lengths = _lengths(log, call)
+        assert sum(lengths) == total and max(lengths) == 65536, call
 
 
-async def test_a_long_request_fails_once_and_whole(image: Path) -> None:
+async def test_a_long_request_fails_once_and_sends_no_more(image: Path, tmp_path: Path) -> None:
+    log = tmp_path / "calls"
     error = ["error-pwrite=EIO", "error-pwrite-rate=100%"]
-    with nbdkit("--filter=error", "file", str(image), *error) as server:
+    filters = ["--filter=log", "--filter=error"]
+    with nbdkit(*filters, "file", str(image), *error, f"logfile={log}") as server:
         async with connected(server.uri()) as disk:
             answers = await disk.do(write(0, bytes(16 * MIB)), read(0, 16 * MIB))
             assert [error for error, _ in answers] == [errno.EIO, 0]
+    assert len(_lengths(log, "Write")) == PIECES_IN_FLIGHT
 
 
 async def test_size_is_rounded_down_to_the_minimum_block(tmp_path: Path) -> None:

@@ -254,7 +254,10 @@ async def test_tcp_notices_a_silent_peer() -> None:
         async with connected(backend):
             assert backend._link is not None
             sock = backend._link.sock
-            option = lambda name: sock.getsockopt(socket.IPPROTO_TCP, name)  # noqa: E731
+
+            def option(name: int) -> int:
+                return sock.getsockopt(socket.IPPROTO_TCP, name)
+
             assert option(socket.TCP_NODELAY)
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             probes = option(socket.TCP_KEEPINTVL) * option(socket.TCP_KEEPCNT)

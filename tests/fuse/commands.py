@@ -1,0 +1,115 @@
+"""`healfs` as a command whose end is the subject: what it says, how it ends, what it leaves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from tests import mounts
+from tests.mounts import HEALFS, ROOT
+
+LIMIT = 300  # seconds that a mount lives at the most
+
+
+class Commands:
+    """A runtime directory and an empty mountpoint; at the end nothing of them is left."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="healfs-"))
+        self.mountpoint = self.directory / "mnt"
+        self.runtime = self.directory / "run"
+        self.mountpoint.mkdir()
+        self.runtime.mkdir(mode=0o700)
+        self.file = self.mountpoint / "disk.img"
+        self.environment = os.environ | {"HEALFS_RUNTIME_DIR": str(self.runtime)}
+        self._started: list[subprocess.Popen[str]] = []
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-m", "tests.mounts", self.mountpoint, self.runtime, str(LIMIT)],
+            stdin=subprocess.PIPE,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+
+    def run(
+        self, *arguments: str | Path, prefix: Sequence[str] = (), seconds: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """`healfs ARGUMENTS` to its end, whatever its status is."""
+        return subprocess.run(
+            [*prefix, HEALFS, *arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+
+    def mount(
+        self, source: str | Path, *options: str, prefix: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        return self.run("mount", source, self.mountpoint, *options, prefix=prefix)
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """`healfs ARGUMENTS`, running; standard output and error are pipes."""
+        self._started.append(
+            subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", HEALFS, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return self._started[-1]
+
+    @property
+    def is_mounted(self) -> bool:
+        return any(
+            line.split()[4] == str(self.mountpoint)
+            for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        )
+
+    def processes(self) -> list[int]:
+        return mounts._processes(self.runtime)
+
+    def run_files(self) -> list[str]:
+        """What is in the runtime directory, the logs apart."""
+        return [path.name for path in self.runtime.iterdir() if path.name != "log"]
+
+    def log(self) -> str:
+        """What the daemons of this mountpoint logged."""
+        return "".join(path.read_text() for path in (self.runtime / "log").glob("*.log"))
+
+    def nothing_left(self, seconds: float = 0) -> None:
+        """No mount, no process, no runtime files: now, or within `seconds`."""
+        until = time.monotonic() + seconds
+        while True:
+            left = self.is_mounted, self.processes(), self.run_files()
+            if left == (False, [], []):
+                return
+            assert time.monotonic() < until, f"left (mounted, processes, files): {left}"
+            time.sleep(0.02)
+
+    def __enter__(self) -> Commands:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.close()
+        self._watchdog.wait(30)
+        for process in self._started:
+            process.kill()
+            process.communicate(timeout=30)
+        shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,456 @@
+"""The verbs: what they refuse, in one line, and what they show of a daemon that is a toy here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from click.testing import CliRunner, Result
+
+from healfs.cli import mount as mount_module
+from healfs.cli import status as status_module
+from healfs.cli import umount as umount_module
+from healfs.cli.main import main
+from healfs.cli.policy_options import changes
+from healfs.control import mounts
+from healfs.control.server import Argument, CommandError, ControlServer, Peer, Verb
+from healfs.core.policy import Action, Policy
+
+DEADLINE = 20
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], prog_name="healfs")
+
+
+def assert_refused(result: Result, *words: str, status: int = 2) -> None:
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("healfs: ") and result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", ["no verb", "--help"]),
+        ("nope", ["No such command 'nope'"]),
+        ("--nope", ["--nope"]),
+        ("mount", ["SOURCE", "healfs mount --help"]),
+        ("mount a M --nope", ["--nope"]),
+        ("mount a M --retry-timeout 5", ["500ms, 5s"]),
+        ("mount a M --retry-interval 0", ["from 1ms to 24h"]),
+        ("mount a M --read-retry-interval 25h", ["from 1ms to 24h"]),
+        ("mount a M --rerror enospc", ["--rerror"]),
+        ("mount a M --read-then enospc", ["enospc is for writes only"]),
+        ("mount a M --then retry", ["--then"]),
+        ("mount a M --device ide", ["--device"]),
+        ("mount a M --create 0", ["0 bytes"]),
+        ("mount a M --create 1.5G", ["64K, 64M"]),
+        ("mount a M --no-wait", ["--size"]),
+        ("mount a M --size 1G", ["--no-wait"]),
+        ("mount a M --create 1G --read-only", ["--create"]),
+        ("mount a M --slow-after 0", ["100ms"]),
+        ("mount a M --name a/b", ["not a file name"]),
+        ("mount a M --name ..", ["not a file name"]),
+        ("mount a M --name \x1b[31m", ["control characters"]),
+        ("mount nbd://h M --create 1G", ["--create is for files"]),
+        ("mount ftp://h/x M", ["unknown scheme"]),
+        ("mount a M/missing", ["no such directory", "mkdir"]),
+        ("mount a /proc", ["mounted there already"]),
+        ("mount a /etc", ["not empty"]),
+        ("mount a /etc/passwd", ["not a directory"]),
+        ("status M", ["not a healfs mount"]),
+        ("status M --json", ["not a healfs mount"]),
+        ("policy M", ["not a healfs mount"]),
+        ("policy M --read-then enospc", ["enospc is for writes only"]),
+        ("umount M", ["not a healfs mount"]),
+        ("umount M --forc", ["--force"]),
+        ("status \x1b]0;evil\x07", ["not a healfs mount"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path, arguments: str, words: list[str]
+) -> None:
+    (tmp_path / "m").mkdir()
+    result = run(*(a.replace("M", str(tmp_path / "m")) for a in arguments.split(" ") if a))
+    assert_refused(result, *words)
+    assert "\x1b" not in result.stderr and "\x07" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["default_request_timeout", "max_request_timeout"])
+def test_a_request_timeout_of_the_kernel_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for sysctl in ("default_request_timeout", "max_request_timeout"):
+        (tmp_path / sysctl).write_text("60\n" if sysctl == name else "0\n")
+    monkeypatch.setattr(mount_module, "_FUSE_SYSCTLS", tmp_path)
+    (tmp_path / "m").mkdir()
+    assert_refused(run("mount", "a", tmp_path / "m"), f"sysctl fs.fuse.{name}=0")
+
+
+def test_help_and_version_and_an_empty_list() -> None:
+    assert run("--version").stdout.startswith("healfs 0")
+    assert "umount" in run("--help").stdout
+    assert run("list").stdout == run("status").stdout == "no mounts\n"
+    assert json.loads(run("list", "--json").stdout) == []
+    assert json.loads(run("status", "--json").stdout) == []
+
+
+# --- the policy's options -----------------------------------------------------------------------
+
+
+def test_the_option_with_a_direction_wins() -> None:
+    options = {"retry_timeout": 5.0, "read_retry_timeout": 0.0, "write_then": "stop"}
+    assert changes(options) == (
+        {"retry_timeout": 0.0},
+        {"retry_timeout": 5.0, "then": Action.STOP},
+    )
+
+
+def test_enospc_without_a_direction_is_for_writes() -> None:
+    assert changes({"then": "enospc"}) == ({}, {"then": Action.ENOSPC})
+    assert changes({"then": "enospc", "read_then": "stop"})[0] == {"then": Action.STOP}
+
+
+def test_a_source_is_the_same_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    absolute = mount_module._absolute_source
+    assert absolute("disk") == (False, str(tmp_path / "disk"))
+    assert absolute("./a://b") == (False, str(tmp_path / "a:/b"))
+    assert absolute("nbd://h:1/a%20b") == (True, "nbd://h:1/a%20b")
+    assert absolute("nbd+unix:///e?socket=s") == (True, f"nbd+unix:///e?socket={tmp_path}/s")
+    assert absolute("nbd+unix:///?socket=/a%20b") == (True, "nbd+unix:///?socket=/a%20b")
+
+
+# --- a daemon -----------------------------------------------------------------------------------
+
+
+class Daemon:
+    """A toy in a thread of its own, with a real claim, socket and process to wait for."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.policy = Policy()
+        self.status: dict[str, Any] = {"mountpoint": mountpoint, "state": "ready"}
+        self.refusal = ""
+        self.process = subprocess.Popen(["sleep", "60"])
+        self.claim = mounts.claim(mountpoint)
+        self.listener = self.claim.listen()
+        self.mount = self.claim.record(
+            mountpoint=mountpoint,
+            file=f"{mountpoint}/disk.img",
+            source="/src",
+            keeper=self.process.pid,
+            worker=0,
+            log="/log",
+        )
+        self._thread: threading.Thread | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._scope = trio.CancelScope()
+
+    def start(self) -> None:
+        started = threading.Event()
+        commands = {
+            "healfs-query-status": Verb(lambda arguments, peer: self.status),
+            "healfs-set-policy": Verb(
+                self._set_policy,
+                {"read": Argument(dict, optional=True), "write": Argument(dict, optional=True)},
+            ),
+            "healfs-umount": Verb(self._umount, {"force": Argument(bool)}),
+        }
+
+        async def serve() -> None:
+            self._token = trio.lowlevel.current_trio_token()
+            started.set()
+            with self._scope:
+                await ControlServer(commands, version="0").serve(self.listener)
+
+        self._thread = threading.Thread(target=trio.run, args=(serve,), daemon=True)
+        self._thread.start()
+        assert started.wait(DEADLINE)
+
+    def _set_policy(self, arguments: dict[str, Any], peer: Peer) -> Any:
+        self.policy = self.policy.change(
+            *(
+                {k: Action(v) if k in ("error", "then") else v for k, v in keys.items()}
+                for keys in (arguments.get("read", {}), arguments.get("write", {}))
+            )
+        )
+        return self.policy.as_dict()
+
+    def _umount(self, arguments: dict[str, Any], peer: Peer) -> Any:
+        if self.refusal and not arguments["force"]:
+            raise CommandError(self.refusal)
+        self.process.kill()
+        return {"given_up": {"write": {"requests": 3, "bytes": 4096}} if self.refusal else {}}
+
+    def stop(self) -> None:
+        """The daemon dies; its files stay."""
+        if self._thread is not None and self._token is not None:
+            self._token.run_sync_soon(self._scope.cancel)
+            self._thread.join(DEADLINE)
+            self._thread = None
+        self.listener.close()
+
+    def close(self) -> None:
+        self.stop()
+        self.process.kill()
+        self.process.wait(DEADLINE)
+        self.claim.release()
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    (tmp_path / "mnt").mkdir()
+    result = Daemon(str(tmp_path / "mnt"))
+    yield result
+    result.close()
+
+
+FULL = {
+    "state": "stalled",
+    "state_seconds": 65,
+    "since": "2026-01-01T00:00:00+00:00",
+    "reason": "[red]connection refused\x1b[0m",
+    "file": "/mnt/disk.img",
+    "source": "nbd://h/" + "x" * 200,
+    "size": 1 << 30,
+    "requests": {"in_flight": 0, "parked": 17, "unsettled": 1},
+    "write_log": {"enabled": False, "reason": "not yet"},
+    "policy": Policy().change({"retry_timeout": 60.0}).as_dict(),
+    "slow_after": 5.0,
+    "outages": {"count": 2, "current_seconds": 65, "longest_seconds": 70},
+    "totals": {"read": {"requests": 5, "bytes": 20480, "errors": 0}, "retries": 4},
+    "limits": {"in_flight": {"used": 1, "limit": 9}, "rate": {"limit": 100}},
+    "notes": ["first", "second"],
+}
+
+
+def test_status_of_one_fits_80_columns_and_shows_texts_as_they_are(daemon: Daemon) -> None:
+    daemon.status |= FULL
+    daemon.start()
+    result = run("status", daemon.mount.mountpoint)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    for text in ("stalled for 1m 5s", "[red]connection refused?[0m", "parked 17", "1 GiB"):
+        assert text in result.stdout
+    for text in ("retry for 1m, then report", "retry for ever", "off: not yet", "second"):
+        assert text in result.stdout
+    assert json.loads(run("status", daemon.mount.file, "--json").stdout) == daemon.status
+
+
+def test_status_lives_with_an_object_that_lacks_everything(daemon: Daemon) -> None:
+    daemon.status.clear()
+    daemon.start()
+    assert run("status", daemon.mount.mountpoint).exit_code == 0
+    assert run("status").exit_code == 0
+    assert run("policy", daemon.mount.mountpoint).exit_code == 0
+
+
+def test_all_mounts(daemon: Daemon) -> None:
+    daemon.status |= FULL
+    daemon.start()
+    assert "stalled" in run("status").stdout
+    assert json.loads(run("status", "--json").stdout) == [daemon.status]
+    (row,) = json.loads(run("list", "--json").stdout)
+    assert row["state"] == "mounted" and row["pids"]["keeper"] == daemon.process.pid
+    assert "mounted" in run("list").stdout
+
+
+def test_a_daemon_that_hangs_is_told(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert status_module._TIMEOUT < 5  # what the man page promises
+    monkeypatch.setattr(status_module, "_TIMEOUT", 0.2)
+    assert_refused(run("status", daemon.mount.mountpoint), "does not answer", "see /log", status=1)
+    (row,) = json.loads(run("status", "--json").stdout)
+    assert row["state"] == "no answer"
+
+
+def test_a_dead_daemon_is_told_and_umount_clears_it(daemon: Daemon) -> None:
+    daemon.stop()
+    assert_refused(run("status", daemon.mount.mountpoint), "gone", "healfs umount", status=1)
+    assert json.loads(run("list", "--json").stdout)[0]["state"] == "dead"
+    assert json.loads(run("status", "--json").stdout)[0]["state"] == "dead"
+    os.close(daemon.claim.fd)  # a dead process holds no lock
+    daemon.claim.fd = -1
+    result = run("umount", daemon.mount.mountpoint)
+    assert result.exit_code == 0 and "gone already" in result.stderr
+    assert not daemon.claim.directory.exists()
+    assert run("list").stdout == "no mounts\n"
+
+
+def test_policy_shows_and_changes(daemon: Daemon) -> None:
+    daemon.status["policy"] = daemon.policy.as_dict()
+    daemon.start()
+    assert "for ever" in run("policy", daemon.mount.mountpoint).stdout
+    result = run("policy", daemon.mount.mountpoint, "--retry-timeout", "2m", "--then", "enospc")
+    assert result.exit_code == 0 and "enospc" in result.stdout and "2m" in result.stdout
+    assert daemon.policy.write.then is Action.ENOSPC
+    assert daemon.policy.read.then is Action.REPORT
+    assert daemon.policy.read.retry_timeout == daemon.policy.write.retry_timeout == 120
+
+
+def test_umount_waits_for_the_process(daemon: Daemon) -> None:
+    daemon.start()
+    result = run("umount", daemon.mount.mountpoint)
+    assert (result.exit_code, result.output) == (0, "")
+    assert daemon.process.poll() == -signal.SIGKILL
+
+
+def test_umount_that_is_refused_says_why_and_force_says_what_it_gave_up(daemon: Daemon) -> None:
+    daemon.refusal = "3 writes wait; use --force"
+    daemon.start()
+    result = run("umount", daemon.mount.mountpoint)
+    assert_refused(result, "3 writes wait", daemon.mount.mountpoint, status=1)
+    assert daemon.process.poll() is None
+    result = run("umount", "--force", daemon.mount.mountpoint)
+    assert result.exit_code == 0 and "3 write (4 KiB)" in result.stderr
+
+
+def test_force_ends_a_daemon_that_hangs(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(umount_module, "_FORCE_SECONDS", 0.2)
+    result = run("umount", "--force", daemon.mount.mountpoint)
+    assert result.exit_code == 0 and "was killed" in result.stderr
+    assert daemon.process.wait(DEADLINE) == -signal.SIGKILL
+
+
+# --- where mounts are ---------------------------------------------------------------------------
+
+
+def test_a_mount_is_found_by_any_name_of_it(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "mnt")
+    (tmp_path / "up").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("mnt", "mnt/", "./mnt/disk.img", "link", "link/disk.img", "up/mnt/disk.img"):
+        assert mounts.find(name) == daemon.mount
+    with pytest.raises(mounts.MountsError, match="not a healfs mount"):
+        mounts.find("mnt/other.img")
+
+
+def test_a_mountpoint_is_claimed_once(daemon: Daemon) -> None:
+    with pytest.raises(mounts.MountsError, match="serves it already"):
+        mounts.claim(daemon.mount.mountpoint)
+    daemon.claim.release()
+    again = mounts.claim(daemon.mount.mountpoint)
+    again.release()
+
+
+def test_the_control_socket_is_the_owners(daemon: Daemon) -> None:
+    assert os.stat(daemon.mount.control).st_mode & 0o777 == 0o600
+    assert daemon.claim.directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_runtime_directory_that_others_may_write_to_is_refused(runtime: Path) -> None:
+    runtime.mkdir()
+    runtime.chmod(0o777)
+    with pytest.raises(mounts.MountsError, match="others may write"):
+        mounts.claim("/mnt")
+
+
+def test_a_record_that_is_broken_is_not_listed(daemon: Daemon) -> None:
+    for text in ("", "[]", "{}", '{"mountpoint": 1}', "\xff"):
+        (daemon.claim.directory / "mount.json").write_text(text)
+        assert mounts.list_mounts() == []
+
+
+def test_logs_of_like_mountpoints_differ() -> None:
+    assert mounts.log_path("/a/b") != mounts.log_path("/a-b")
+    assert len(mounts.log_path("/" + "x" * 4000).name) < 255
+
+
+# --- starting the daemon ------------------------------------------------------------------------
+
+
+def start_mount(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+    (tmp_path / "m").mkdir()
+    command = [sys.executable, "-m", "healfs.cli.main", "mount"]
+    return subprocess.Popen(
+        [*command, f"nbd+unix:///?socket={tmp_path}/absent", str(tmp_path / "m"), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("options", [(), ("--foreground",)])
+def test_what_ends_the_waiting_leaves_nothing(
+    tmp_path: Path, runtime: Path, number: signal.Signals, options: tuple[str, ...]
+) -> None:
+    with start_mount(tmp_path, *options) as process:
+        watchdog = threading.Timer(DEADLINE, process.kill)
+        watchdog.start()
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        while not line.startswith("healfs: ") and line:  # the daemon's log, in the foreground
+            line = process.stderr.readline()
+        assert "Ctrl-C ends it" in line
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=DEADLINE)
+        watchdog.cancel()
+    assert (process.returncode, output) == (130, "")
+    assert "healfs: interrupted; nothing is mounted\n" in errors
+    logs = "".join(path.read_text() for path in runtime.glob("log/*"))
+    assert "Traceback" not in errors + logs
+    assert [entry.name for entry in runtime.iterdir() if entry.name != "log"] == []
+    of_ours = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False)
+    assert of_ours.stdout == b""
+
+
+REFUSAL = {"event": "error", "message": "no\nway", "status": 2}
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "status"),
+    [
+        (f"print({json.dumps(REFUSAL)!r}, file=f)", "no way", 2),
+        ("raise SystemExit(3)", "the daemon died; see ", 1),
+        ("print('garbage', file=f)", "the daemon died; see ", 1),
+    ],
+)
+def test_a_daemon_that_does_not_come_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str, status: int
+) -> None:
+    (tmp_path / "m").mkdir()
+    start = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        text = f"import sys; sys.stdin.read(); f = open({command[-1]}, 'w')\n{script}"
+        return start([sys.executable, "-c", text], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert_refused(run("mount", "a", tmp_path / "m"), words, status=status)
+
+
+def test_the_socket_module_is_what_limits_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = tmp_path / ("x" * 100)
+    monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(longest))
+    with pytest.raises(mounts.MountsError, match="too long"):
+        mounts.claim("/mnt")
+    with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError, match="too long"):
+        probe.bind(str(longest / "control"))
