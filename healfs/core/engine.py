@@ -30,6 +30,7 @@ from healfs.core.prober import FIRST_PAUSE, Prober
 from healfs.core.replay import Replay, covers, patch
 from healfs.core.request import Kind, Phase, Request
 from healfs.core.retries import Retries
+from healfs.core.ring import Slot
 from healfs.core.states import State, check_move
 from healfs.core.totals import Totals
 from healfs.core.unsettled import Unsettled
@@ -48,7 +49,7 @@ class Effects(Protocol):
 
     def send(self, request: Request) -> None: ...
     def taken(self, request: Request) -> bool:
-        """Did the backend take any of it? Asked before close; what it did not take never lands."""
+        """Did the backend take any of it? Asked after close; what it did not take never lands."""
 
     def connect(self) -> None:
         """Try once to reach the backend; ends in `connected` or `connect_failed`."""
@@ -118,6 +119,7 @@ class Engine:
         self._replay_at: float | None = None  # try again to write what is suspect
         self._replay_pause = 0.0
         self._own_flush: Request | None = None
+        self._pinned: list[Slot] = []  # payloads of attempts on the connection that was lost
         self._accept = False  # the operator accepts another disk
         self._recovered: dict[int, Request] = {}  # an earlier worker's, by tag
 
@@ -393,9 +395,9 @@ class Engine:
         return given_up
 
     def _unanswered(self) -> Iterator[Request]:
-        groups = (self._in_flight, self._parked, self._waiting, self._no_room)
-        for group in (*(group.values() for group in groups), self._retries):
-            yield from (r for r in group if not r.answered)
+        for group in (self._in_flight, self._parked, self._waiting, self._no_room):
+            yield from (r for r in group.values() if not r.answered)
+        yield from (r for r in self._retries if not r.answered)
 
     # --- errors and the policy --------------------------------------------------------------
 
@@ -468,7 +470,7 @@ class Engine:
         actions = [self.policy.of(kind).decide(kind, errno, age) for kind in Kind]
         if all(action is Action.RETRY for action in actions):
             return
-        for request in list(self._unanswered()):
+        for request in sorted(self._unanswered(), key=_age):
             self._judge_in_outage(request, now)
 
     def set_policy(self, policy: Policy) -> None:
@@ -601,6 +603,8 @@ class Engine:
             self.align = max(self.align, align)
             self.can_flush = can_flush
             self.log.keep = can_flush and volatile_cache
+            self.log.ring.unpin(self._pinned)  # connect() has waited for what hung
+            self._pinned = []
             self.link_up = True
             self._last_answer = now
             self._prober.up(now)
@@ -615,7 +619,7 @@ class Engine:
 
     def _go_on(self, now: float) -> None:
         """The backend is there and nobody has paused the disk: replay first, then the rest."""
-        if self._replay.wanted and len(self.log):
+        if self._replay.wanted and self.log.has_unflushed():
             self._begin_replay()
             return
         self._replay.wanted = False
@@ -692,8 +696,13 @@ class Engine:
         self.log.lost()
         self._replay.wanted = True
         in_flight, self._in_flight = self._in_flight, {}
-        self._remember_attempts(in_flight.values(), now)
         self.effects.close()
+        self._remember_attempts(in_flight.values(), now)
+        for request in in_flight.values():
+            owner = request.origin.owner if request.origin else request.owner
+            if owner is not None and not owner.pinned:
+                owner.pinned = True
+                self._pinned.append(owner)
         again = []
         for request in in_flight.values():
             if request.internal:
@@ -1000,10 +1009,7 @@ class Engine:
             return
         oldest = next(iter(self._in_flight.values()))
         silent_since = max(self._last_answer, oldest.sent)
-        if (
-            self.state in (State.READY, State.REPLAYING)
-            and now - silent_since >= self._silence
-        ):
+        if self.state in (State.READY, State.REPLAYING) and now >= silent_since + self._silence:
             reason = f"no answer for {self.slow_after:g} s"
             self._begin_outage(now, e.ETIMEDOUT, reason, oldest.sent)
             self._probe_at = now + self._longest_pause()
@@ -1100,6 +1106,9 @@ class Engine:
         """For `healfs status`: times in seconds."""
         now = self.clock()
         in_flight = sum(not r.answered for r in self._in_flight.values())
+        unsettled = len(self._unsettled) + sum(  # and what was given up in a hang
+            r.answered and not r.internal for r in self._in_flight.values()
+        )
         parked = sum(not r.answered for r in self._waiting.values())
         parked += len(self._parked) + len(self._retries) + len(self._no_room)
         return {
@@ -1110,7 +1119,7 @@ class Engine:
             "requests": {
                 "in_flight": in_flight,
                 "parked": parked,
-                "unsettled": len(self._unsettled),
+                "unsettled": unsettled,
             },
             "policy": self.policy.as_dict(),
             "slow_after": self.slow_after,
@@ -1122,6 +1131,10 @@ class Engine:
                 "failed_retries_per_second": {"limit": self.limits.failed_retries_per_second},
             },
         }
+
+
+def _age(request: Request) -> int:
+    return request.order
 
 
 def _nobody(request: Request, errno: int, data: object) -> None:

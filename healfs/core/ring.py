@@ -16,13 +16,14 @@ PAGE = 4096  # payloads begin on a page: O_DIRECT takes them as they are
 class Slot:
     """One payload: in the ring (`end` is the ring's position behind it), or outside (end 0)."""
 
-    __slots__ = ("data", "end", "free", "place", "request")
+    __slots__ = ("data", "end", "free", "pinned", "place", "request")
 
     def __init__(self, data: memoryview | bytearray, place: int, end: int) -> None:
         self.data = data
         self.place = place  # bytes from the start of the ring's memory
         self.end = end  # ever growing
         self.free = False
+        self.pinned = False  # an attempt on a closed connection may still read it
         self.request: object = None  # whose payload it is
 
 
@@ -94,8 +95,17 @@ class PayloadRing:
             self.overflow -= len(slot.data)
             return
         slot.free = True
+        self._advance()
+
+    def unpin(self, slots: list[Slot]) -> None:
+        """Nothing of the closed connection goes on any more."""
+        for slot in slots:
+            slot.pinned = False
+        self._advance()
+
+    def _advance(self) -> None:
         slots = self._slots
-        while slots and slots[0].free:
+        while slots and slots[0].free and not slots[0].pinned:
             self._tail = slots.popleft().end
         if not slots:
             # Empty: start over at the front, so that a quiet disk touches few pages.

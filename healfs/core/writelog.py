@@ -211,6 +211,9 @@ class WriteLog:
         """The backend may have lost all that is not flushed: no running flush covers any of it."""
         self._completed.clear()
 
+    def has_unflushed(self) -> bool:
+        return any(request.completed for request in self._entries.values())
+
     def unflushed(self) -> list[Request]:
         """The completed entries, oldest first."""
         return [r for _, r in sorted(self._entries.items()) if r.completed]

@@ -20,7 +20,9 @@ LENGTHS = st.one_of(
     st.sampled_from([4095, 4096, 4097, 65535, 65536, 65537, 1 << 20, 1 << 30]),
     st.integers(0, 1 << 22),
 )
-STARTS = st.one_of(st.integers(0, 64), st.integers(0, 1 << 23), st.integers(0, 64).map(4096 .__mul__))
+STARTS = st.one_of(
+    st.integers(0, 64), st.integers(0, 1 << 23), st.integers(0, 64).map((4096).__mul__)
+)
 RANGES = st.tuples(STARTS, LENGTHS).map(lambda pair: (pair[0], pair[0] + pair[1]))
 STEPS = st.lists(st.tuples(st.sampled_from(["add", "add", "remove", "find"]), RANGES), max_size=60)
 
