@@ -90,7 +90,7 @@ class Engine:
         self.effects = effects
         self.policy = policy
         self.clock = clock
-        self.log = log or _private_log()
+        self.log = _private_log() if log is None else log
         self.settle = settle  # seconds; see core/unsettled.py
         self.fence = fence  # Effects.fence decides, not the settle time
         self.slow_after = slow_after  # 0: never
@@ -689,6 +689,9 @@ class Engine:
     def _lose(self, errno: int, reason: str) -> None:
         now = self.clock()
         self.link_up = False
+        log.info(
+            "lost with %d in flight, %d entries in the log", len(self._in_flight), len(self.log)
+        )
         self._begin_outage(now, errno, reason, now)
         self._stop_replay()
         self._own_flush = None
