@@ -93,7 +93,7 @@ class Request:
         self.may_unmap = may_unmap
         self.tag = tag  # the frontend's name for it (FUSE: the unique id)
         self.owner: Any = owner  # the frontend's own (the payload's slot, the caller)
-        self.caller = 0  # thread id of who asked, once the request has to wait
+        self.caller = 0  # thread id of who asked
         # --- the engine's ---
         self.phase = Phase.NEW
         self.answered = False

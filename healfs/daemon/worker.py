@@ -268,6 +268,7 @@ class Worker:
                     log.exception("internal error in the backend: the connection is given up")
                     error = OSError(e.EIO, f"internal error: {exc!r}")
                 self.engine.lost(error.errno or e.EIO, str(error.strerror or error))
+                self._somebody_waits.set()
             await self._wait_until_wanted()
             try:
                 geometry = await self.backend.connect()
@@ -352,9 +353,15 @@ class Worker:
         while True:
             await self._somebody_waits.wait()
             self._somebody_waits = trio.Event()
-            while self.channel.held and self.engine.state is not State.READY:
+            while self.channel.held and self._is_waiting():
                 self._let_go()
                 await trio.sleep(LOOK_SECONDS)
+
+    def _is_waiting(self) -> bool:
+        # In a disk that is ready, too: a failed request is tried again while others flow on.
+        requests = self.engine.status()["requests"]
+        assert isinstance(requests, dict)
+        return self.engine.state is not State.READY or requests["parked"] > 0
 
     # --- the end ----------------------------------------------------------------------------
 

@@ -128,9 +128,9 @@ class Channel:
 
     def _hold(self, request: Request, pid: int) -> None:
         self.held[request.tag] = request
+        request.caller = pid  # what is in flight now may have to wait later
         self.sink.submit(request)
         if not request.answered and request.phase is not IN_FLIGHT:  # it waits: who asked?
-            request.caller = pid
             self.on_held(request)
 
     def _read(self, unique: int, pid: int) -> None:

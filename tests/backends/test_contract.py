@@ -62,10 +62,7 @@ async def backend(
     with ExitStack() as stack:
         made: Backend
         if kind in ("nbdkit", "qemu-nbd"):
-            # One thread: with more, nbdkit 1.32 may die of an assertion (raw_send_socket) when a
-            # client leaves with requests in flight.
-            one = nbdkit("--threads=1", "file", str(image))
-            server = one if kind == "nbdkit" else qemu_nbd(image)
+            server = nbdkit("file", str(image)) if kind == "nbdkit" else qemu_nbd(image)
             made = AlignedBackend(NbdBackend(stack.enter_context(server).uri()))
         elif kind.startswith("block"):
             device = request.getfixturevalue("loop_device")
@@ -156,7 +153,9 @@ async def test_done_may_submit_and_commit(backend: Backend) -> None:
             await finished.wait()
 
 
-async def test_no_answer_after_close(backend: Backend) -> None:
+async def test_no_answer_after_close(backend: Backend, request: pytest.FixtureRequest) -> None:
+    if "nbdkit" in request.node.name:
+        pytest.skip("nbdkit 1.32.5 may die (assertion in raw_send_socket) of such a client")
     async with connected(backend) as client:
         for n in range(300):
             kind = Kind.WRITE if n % 2 else Kind.READ

@@ -221,7 +221,7 @@ class Playbook:
     def expect(self, *lines: str) -> None:
         """What left the engine since the last look, in order; events only where named."""
         said = self.take(events=any(line.startswith("event") for line in lines))
-        assert said == list(lines)
+        assert said == list(lines), f"\n    expected {list(lines)}\n    but said {said}"
 
     def take(self, *, events: bool = False) -> list[str]:
         said, self.log = self.log, []

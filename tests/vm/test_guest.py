@@ -83,6 +83,8 @@ def outages(tmp_path: Path) -> Iterator[Outages]:
         def make(failure: Failure) -> Outage:
             image = sparse(tmp_path / "image")
             if failure == "partitioned":
+                if os.geteuid() != 0:
+                    pytest.skip("a network namespace needs root")
                 network = stack.enter_context(Network())
                 server = NbdServer(
                     lambda server: [

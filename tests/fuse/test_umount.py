@@ -1,0 +1,383 @@
+"""Every way in which a mount ends: bounded, nothing given up silently, nothing left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
+from tests.fuse.agent import Agent
+from tests.fuse.commands import Commands
+from tests.fuse.control import ANSWER, Control
+from healfs.control.client import connect
+
+BLOCK = b"x" * 4096
+GENEROUS = 30.0
+
+
+def _mounted(commands: Commands, source: str | Path, *options: str) -> None:
+    done = commands.mount(source, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{commands.file}\n"
+
+
+def _status(commands: Commands) -> dict[str, object]:
+    import json
+
+    done = commands.run("status", commands.mountpoint, "--json", seconds=ANSWER)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
+
+
+@pytest.fixture
+def away(commands: Commands, server: NbdServer) -> Iterator[tuple[Commands, NbdServer, Agent]]:
+    """A mount in an outage, with one write parked."""
+    _mounted(commands, server.uri())
+    writer = Agent(commands.file)
+    try:
+        server.kill()
+        writer.ask("pwrite", 0, BLOCK)
+        _until_parked(commands, 1)
+        yield commands, server, writer
+    finally:
+        writer.kill()
+        writer.ended()
+
+
+def _until_parked(commands: Commands, count: int) -> None:
+    with connect(str(_status(commands)["control"]), ANSWER) as client:
+        Control(client).parked(count)
+
+
+def _pids(commands: Commands) -> dict[str, int]:
+    return _status(commands)["pids"]  # type: ignore[return-value]
+
+
+def test_umount_leaves_nothing(commands: Commands, image: Path) -> None:
+    _mounted(commands, image)
+    assert commands.is_mounted and len(commands.processes()) == 2
+    done = commands.run("umount", commands.mountpoint)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    commands.nothing_left()
+    # The locks, too: QEMU may have the image now.
+    qemu_io = ["qemu-io", "-f", "raw", "-c", "write -P 7 0 512", str(image)]
+    subprocess.run(qemu_io, check=True, capture_output=True, timeout=GENEROUS)
+    _mounted(commands, image)
+    assert commands.run("umount", commands.mountpoint).returncode == 0
+
+
+def test_umount_flushes_what_was_answered(commands: Commands, server: NbdServer) -> None:
+    _mounted(commands, server.uri())
+    writer = Agent(commands.file)
+    assert writer.ok("pwrite", 0, BLOCK) == 4096
+    writer.kill()
+    writer.ended()
+    assert commands.run("umount", commands.mountpoint).returncode == 0
+    assert "unmounted" in commands.log()
+    commands.nothing_left()
+
+
+def test_umount_in_an_outage_says_what_waits_and_leaves_the_mount(
+    away: tuple[Commands, NbdServer, Agent],
+) -> None:
+    commands, server, writer = away
+    before = time.monotonic()
+    done = commands.run("umount", commands.mountpoint)
+    took = time.monotonic() - before
+    assert done.returncode == 1 and took < 15  # it tries for 5 s; the machine is busy
+    (line,) = done.stderr.splitlines()
+    assert "1 requests wait" in line and "--force" in line and "away" in line
+    assert commands.is_mounted and len(commands.processes()) == 2 and not writer.answered
+    server.start()
+    assert writer.answer().value == 4096
+    assert writer.ok("pread", 0, 4096) == BLOCK
+
+
+def test_umount_waits_for_a_backend_that_returns(away: tuple[Commands, NbdServer, Agent]) -> None:
+    commands, server, writer = away
+    ending = commands.start("umount", commands.mountpoint)
+    _until_parked(commands, 2)  # its flush waits, too
+    server.start()
+    assert writer.answer().value == 4096
+    writer.kill()
+    writer.ended()
+    _, said = ending.communicate(timeout=GENEROUS)
+    if ending.returncode:  # it was quicker than the end of the process that has the file open
+        assert "in use" in said
+        assert commands.run("umount", commands.mountpoint).returncode == 0
+    commands.nothing_left()
+
+
+def test_force_answers_what_is_parked_and_says_so(away: tuple[Commands, NbdServer, Agent]) -> None:
+    commands, _, writer = away
+    before = time.monotonic()
+    done = commands.run("umount", commands.mountpoint, "--force")
+    took = time.monotonic() - before
+    assert done.returncode == 0 and took < 10  # 5 s, on a machine of our own
+    (line,) = done.stderr.splitlines()
+    assert "given up" in line and "1 write (4 KiB)" in line
+    assert writer.answer().errno == errno.EIO
+    commands.nothing_left()
+
+
+def test_force_when_the_server_hangs(commands: Commands, server: NbdServer) -> None:
+    _mounted(commands, server.uri())
+    writer = Agent(commands.file)
+    server.pause()
+    writer.ask("pwrite", 0, BLOCK)
+    before = time.monotonic()
+    done = commands.run("umount", commands.mountpoint, "--force")
+    assert done.returncode == 0 and time.monotonic() - before < 10
+    assert writer.answer().errno == errno.EIO
+    commands.nothing_left()
+    writer.kill()
+    writer.ended()
+
+
+def test_in_use_says_by_whom(commands: Commands, image: Path) -> None:
+    _mounted(commands, image)
+    holder = Agent(commands.file)
+    done = commands.run("umount", commands.mountpoint)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "in use" in line and f"(pid {holder.process.pid})" in line
+    assert holder.ok("pwrite", 0, BLOCK) == 4096  # the mount is as it was
+    # Forced, it goes; who has the file open gets errors from then on.
+    assert commands.run("umount", commands.mountpoint, "--force").returncode == 0
+    assert holder.do("pread", 0, 512).errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    commands.nothing_left()
+    holder.kill()
+    holder.ended()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_keeper_ends_it_orderly(
+    commands: Commands, image: Path, name: str
+) -> None:
+    _mounted(commands, image)
+    os.kill(_pids(commands)["keeper"], signal.Signals[name])
+    commands.nothing_left(GENEROUS)
+    assert "Traceback" not in commands.log()
+
+
+def test_sigterm_in_an_outage_is_bounded_and_logs_what_it_gave_up(
+    away: tuple[Commands, NbdServer, Agent],
+) -> None:
+    commands, _, writer = away
+    os.kill(_pids(commands)["keeper"], signal.SIGTERM)
+    assert writer.answer().errno == errno.EIO
+    commands.nothing_left(GENEROUS)
+    assert "given up" in commands.log() and "Traceback" not in commands.log()
+
+
+def test_umount_8_from_outside_ends_the_daemon(commands: Commands, image: Path) -> None:
+    _mounted(commands, image)
+    subprocess.run(["umount", commands.mountpoint], check=True, timeout=GENEROUS)
+    commands.nothing_left(GENEROUS)
+
+
+def test_the_death_of_the_worker_takes_the_mount_away(
+    away: tuple[Commands, NbdServer, Agent],
+) -> None:
+    commands, _, writer = away
+    os.kill(_pids(commands)["worker"], signal.SIGKILL)
+    assert writer.answer().errno in (errno.ECONNABORTED, errno.ENOTCONN)
+    commands.nothing_left(GENEROUS)
+    assert "the worker ended with signal 9" in commands.log()
+
+
+def test_the_death_of_the_worker_is_the_keepers_exit_status(
+    commands: Commands, image: Path
+) -> None:
+    staying = commands.start("mount", image, commands.mountpoint, "--foreground")
+    wait_until(lambda: commands.is_mounted and commands.run_files(), "a mount")
+    os.kill(_pids(commands)["worker"], signal.SIGKILL)
+    _, said = staying.communicate(timeout=GENEROUS)
+    assert staying.returncode == 1
+    assert "the worker ended with signal 9" in said
+    commands.nothing_left()
+
+
+def test_umount_clears_what_a_killed_daemon_left(commands: Commands, image: Path) -> None:
+    _mounted(commands, image)
+    pids = _pids(commands)
+    os.kill(pids["keeper"], signal.SIGKILL)
+    os.kill(pids["worker"], signal.SIGKILL)
+    wait_until(lambda: not commands.processes(), "the end of both")
+    done = commands.run("umount", commands.mountpoint)
+    assert done.returncode == 0 and "gone already" in done.stderr
+    commands.nothing_left()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_foreground_ends_with_a_signal(commands: Commands, image: Path, name: str) -> None:
+    staying = commands.start("mount", image, commands.mountpoint, "--foreground")
+    assert staying.stdout is not None
+    assert staying.stdout.readline() == f"{commands.file}\n"
+    assert _status(commands)["state"] == "ready"
+    staying.send_signal(signal.Signals[name])
+    _, said = staying.communicate(timeout=GENEROUS)
+    assert staying.returncode == 0, said
+    commands.nothing_left()
+
+
+def test_foreground_ends_with_umount(commands: Commands, image: Path) -> None:
+    staying = commands.start("mount", image, commands.mountpoint, "--foreground")
+    assert staying.stdout is not None
+    assert staying.stdout.readline() == f"{commands.file}\n"
+    assert commands.run("umount", commands.mountpoint).returncode == 0
+    staying.communicate(timeout=GENEROUS)
+    assert staying.returncode == 0
+
+
+# --- a server that is not there yet -------------------------------------------------------------
+
+
+def test_no_wait_mounts_while_the_server_is_away(commands: Commands, image: Path) -> None:
+    absent = nbdkit("file", str(image))
+    try:
+        _mounted(commands, absent.uri(), "--no-wait", "--size", "16M")
+        status = _status(commands)
+        assert status["state"] == "connecting" and status["size"] == 16 << 20
+        one = Agent(commands.file)
+        one.ask("pwrite", 0, BLOCK)
+        _until_parked(commands, 1)
+        assert not one.answered and _status(commands)["state"] == "connecting"
+        absent.start()
+        assert one.answer().value == 4096
+        assert _status(commands)["state"] == "ready"
+        assert _status(commands)["outages"]["count"] == 0  # type: ignore[index]
+        one.kill()
+        one.ended()
+        assert commands.run("umount", commands.mountpoint).returncode == 0
+        commands.nothing_left()
+        assert image.read_bytes()[:4096] == BLOCK
+    finally:
+        absent.close()
+
+
+def test_no_wait_umounts_before_the_server_came(commands: Commands, tmp_path: Path) -> None:
+    uri = f"nbd+unix:///?socket={tmp_path / 'never'}"
+    _mounted(commands, uri, "--no-wait", "--size", "16M")
+    assert commands.run("umount", commands.mountpoint).returncode == 0
+    commands.nothing_left()
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_mount_waits_for_an_absent_server(commands: Commands, image: Path, tcp: bool) -> None:
+    absent = nbdkit("file", str(image), tcp=tcp)
+    try:
+        mounting = commands.start("mount", absent.uri(), commands.mountpoint)
+        assert mounting.stderr is not None
+        said = mounting.stderr.readline()
+        assert said.startswith("healfs: waiting for") and "Ctrl-C" in said
+        assert not commands.is_mounted
+        absent.start()
+        printed, _ = mounting.communicate(timeout=GENEROUS)
+        assert mounting.returncode == 0 and printed == f"{commands.file}\n"
+        assert _status(commands)["state"] == "ready"
+        assert commands.run("umount", commands.mountpoint).returncode == 0
+    finally:
+        absent.close()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_ends_a_waiting_mount_with_nothing_left(
+    commands: Commands, tmp_path: Path, name: str
+) -> None:
+    mounting = commands.start(
+        "mount", f"nbd+unix:///?socket={tmp_path / 'never'}", commands.mountpoint
+    )
+    assert mounting.stderr is not None
+    assert "waiting for" in mounting.stderr.readline()
+    mounting.send_signal(signal.Signals[name])
+    _, said = mounting.communicate(timeout=GENEROUS)
+    assert mounting.returncode == 130 and said == "healfs: interrupted; nothing is mounted\n"
+    commands.nothing_left()
+
+
+# --- killed processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [("pread", 0, 512), ("pwrite", 0, BLOCK), ("fsync",)])
+def test_a_killed_process_is_let_go(
+    commands: Commands, server: NbdServer, call: tuple[object, ...]
+) -> None:
+    _mounted(commands, server.uri())
+    waiting = Agent(commands.file)
+    server.kill()
+    waiting.ask(*call)  # type: ignore[arg-type]
+    _until_parked(commands, 1)
+    waiting.kill()
+    assert waiting.ended() == -signal.SIGKILL
+    assert _status(commands)["state"] == "stalled"
+    assert _status(commands)["requests"]["parked"] == 0  # type: ignore[index]
+
+
+def test_a_process_killed_while_its_request_hangs_in_the_server_is_let_go(
+    commands: Commands, server: NbdServer
+) -> None:
+    """The request was in flight when the outage began: it was not parked when it came."""
+    _mounted(commands, server.uri())
+    waiting = Agent(commands.file)
+    server.pause()
+    waiting.ask("pread", 0, 512)
+    with connect(str(_status(commands)["control"]), ANSWER) as client:
+        Control(client).until(lambda status: status["requests"]["in_flight"] == 1)
+    server.kill()
+    _until_parked(commands, 1)
+    waiting.kill()
+    assert waiting.ended() == -signal.SIGKILL
+
+
+def _load(file: Path, engine: str) -> subprocess.Popen[bytes]:
+    common = ["--direct=1", "--invalidate=0", "--fallocate=none", "--allow_file_create=0"]
+    return subprocess.Popen(
+        [
+            *("fio", "--name=load", f"--filename={file}", f"--ioengine={engine}", *common),
+            *("--rw=randrw", "--bs=4k", "--size=8M", "--iodepth=32", "--thread"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize("engine", ["libaio", "io_uring"])
+def test_a_killed_caller_of_asynchronous_requests_is_let_go(
+    commands: Commands, server: NbdServer, engine: str
+) -> None:
+    """No INTERRUPT tells of these."""
+    _mounted(commands, server.uri())
+    server.kill()
+    load = _load(commands.file, engine)
+    try:
+        _until_parked(commands, 32)
+    finally:
+        load.kill()
+    assert load.wait(GENEROUS) == -signal.SIGKILL
+    with connect(str(_status(commands)["control"]), ANSWER) as client:
+        Control(client).until(lambda status: status["requests"]["parked"] == 0)
+    server.start()
+    assert commands.run("umount", commands.mountpoint).returncode == 0
+
+
+def test_a_killed_dd_is_let_go(commands: Commands, server: NbdServer) -> None:
+    _mounted(commands, server.uri())
+    server.kill()
+    dd = subprocess.Popen(
+        ["dd", "if=/dev/zero", f"of={commands.file}", "bs=1M", "conv=notrunc", "status=none"]
+    )
+    try:
+        _until_parked(commands, 1)
+    finally:
+        dd.kill()
+    assert dd.wait(GENEROUS) == -signal.SIGKILL

@@ -1,0 +1,298 @@
+"""A simulated backend: a stable store, a volatile cache before it, and one connection at a time.
+
+It does what a bad but honest server may do, and no more: whatever it gets wrong is named in
+Options. Chance depends on the request, not on what else happens.
+"""
+
+from __future__ import annotations
+
+import errno as e
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from healfs.core.request import Kind, Request
+from tests.sim.oracle import decode, encode, first_value
+from tests.sim.plan import ERRNOS, SECTOR, Plan, chance
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+REFUSED = (e.EINVAL, e.EOPNOTSUPP)
+
+
+@dataclass(slots=True, eq=False)
+class Cached:
+    """One value of one sector in the volatile cache, oldest first in its list."""
+
+    value: int
+    attempt: Attempt
+    clean: bool = False  # a failed flush marked it so: it is never written back
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """A request in the server's hands, and what will become of it."""
+
+    request: Request
+    session: int
+    luck: float
+    errno: int = 0
+    applied: bool = False
+    replied: bool = False
+    data: bytearray | None = None
+    covers: list[tuple[int, Cached]] | None = None  # of a flush
+
+
+class Disk:
+    """The store itself. `changed(sector, value)` hears of every change of stable storage."""
+
+    def __init__(self, sectors: int, changed: Callable[[int, int], None]) -> None:
+        self.stable = [first_value(sector) for sector in range(sectors)]
+        self.cache: dict[int, list[Cached]] = {}
+        self._changed = changed
+
+    def visible(self, sector: int) -> int:
+        cached = self.cache.get(sector)
+        return cached[-1].value if cached else self.stable[sector]
+
+    def write(self, sector: int, value: int, attempt: Attempt) -> None:
+        self.cache.setdefault(sector, []).append(Cached(value, attempt))
+
+    def destage(self, sector: int, upto: Cached) -> None:
+        """Write a sector's cached values back, as far as this one."""
+        cached = self.cache.get(sector, [])
+        if upto not in cached:
+            return
+        where = cached.index(upto)
+        if not upto.clean:
+            self._set(sector, upto.value)
+            del cached[: where + 1]
+        if not cached:
+            del self.cache[sector]
+
+    def _set(self, sector: int, value: int) -> None:
+        if self.stable[sector] != value:
+            self.stable[sector] = value
+            self._changed(sector, value)
+
+    def write_through(self, sector: int, value: int) -> None:
+        self.cache.pop(sector, None)
+        self._set(sector, value)
+
+    def lose_cache(self, seed: int, number: int) -> None:
+        """Each sector keeps what was written back by chance, and loses the rest."""
+        for sector, cached in sorted(self.cache.items()):
+            kept = int(chance(seed, number, sector) * (len(cached) + 2))
+            dirty = [c for c in cached[:kept] if not c.clean]
+            if kept <= len(cached) and dirty:
+                self._set(sector, dirty[-1].value)
+        self.cache.clear()
+
+
+class Server:
+    def __init__(self, plan: Plan, world: World) -> None:
+        self.plan = plan
+        self.options = plan.options
+        self.world = world
+        self.disk = Disk(plan.sectors, world.stable_changed)
+        self.session = 0  # 0: no connection; numbers only grow
+        self.last_session = 0
+        self._hands: list[Attempt] = []  # of the living connection, not replied
+        self._ghosts: list[Attempt] = []
+        self._tries: dict[tuple[int, int, int], int] = {}
+        self._calm = False
+        # Faults that are on, until a time or for a number of requests:
+        self.away_until = 0.0
+        self.other_until = 0.0
+        self.frozen_until = 0.0
+        self.full_until = 0.0
+        self.relapse_until = 0.0
+        self.stubborn_until = 0.0
+        self.fail_next = self.hang_next = self.delay_next = 0
+        self.which_errno = 0
+        self.bad_sectors: set[int] = set()
+        self._dies_after = 0
+
+    # --- the connection --------------------------------------------------------------------
+
+    def accept(self) -> int:
+        """A new connection. What the old one left in flight has its fate already."""
+        self.last_session += 1
+        self.session = self.last_session
+        self._dies_after = 0
+        if self.world.now < self.relapse_until:
+            self._dies_after = 1 + int(chance(self.plan.seed, self.session) * 8)
+        return self.session
+
+    def break_off(self, *, crash: bool) -> None:
+        """The connection ends: none of its attempts is answered any more."""
+        if not self.session:
+            return
+        hands, self._hands = self._hands, []
+        self.session = 0
+        for attempt in hands:
+            if not attempt.applied and attempt.request.kind is not Kind.READ:
+                self._abandon(attempt)
+        if crash and self.options.cache_loss:
+            self.disk.lose_cache(self.plan.seed, self.last_session)
+            self.world.say("the volatile cache is lost")
+
+    def _abandon(self, attempt: Attempt) -> None:
+        luck = attempt.luck * 8 % 1
+        if attempt.request.kind is Kind.FLUSH or luck < 0.4:
+            return
+        if luck < 0.7 or not self.options.late:
+            self._apply(attempt, torn=self.options.torn)
+        else:
+            # The bytes left long ago; somebody between holds them back.
+            attempt.data = bytearray(attempt.request.data or b"")
+            self._ghosts.append(attempt)
+            delay = (luck - 0.7) / 0.3 * self.plan.settle * 0.999
+            self.world.later(delay, self._haunt, attempt)
+
+    def _haunt(self, attempt: Attempt) -> None:
+        if attempt in self._ghosts:
+            self._ghosts.remove(attempt)
+            self.world.say(f"late: {attempt.request}")
+            self._apply(attempt, torn=False)
+
+    def fence(self) -> None:
+        """No abandoned attempt is applied any more."""
+        self._ghosts.clear()
+
+    # --- requests --------------------------------------------------------------------------
+
+    def receive(self, request: Request) -> None:
+        if not self.session:
+            return  # into a connection that is dead and not yet known to be
+        seed, kind = self.plan.seed, int(request.kind)
+        key = (kind, request.offset, request.data[0] if request.data else 0)
+        tries = self._tries[key] = self._tries.get(key, 0) + 1
+        attempt = Attempt(request, self.session, chance(seed, *key, tries))
+        self._hands.append(attempt)
+        if request.kind is Kind.FLUSH:
+            attempt.covers = self._covered(attempt.session)
+        if self._dies_after:
+            self._dies_after -= 1
+            if not self._dies_after:
+                self.world.say("the server dies again")
+                self.world.disconnect(crash=True, notice=0.001)
+                return
+        if self._refuses(attempt):
+            pass
+        elif self.hang_next and not self._calm:
+            self.hang_next -= 1
+            self.world.say(f"hangs: {request}")
+            return
+        delay = 0.0001 + attempt.luck * 0.002
+        if self.delay_next:
+            self.delay_next -= 1
+            delay += attempt.luck * 8
+        if self.options.inside and attempt.luck > 0.5 and self.world.now >= self.frozen_until:
+            self._carry_out(attempt)
+            self._reply(attempt)
+        else:
+            self.world.later(delay, self._apply_now, attempt)
+
+    def _covered(self, session: int) -> list[tuple[int, Cached]]:
+        """The newest value of each sector that a flush sent now must make stable."""
+        covers = []
+        for sector, cached in self.disk.cache.items():
+            for entry in reversed(cached):
+                own = not self.options.session_flush or entry.attempt.session == session
+                if entry.attempt.replied and own:
+                    covers.append((sector, entry))
+                    break
+        return covers
+
+    def _refuses(self, attempt: Attempt) -> bool:
+        kind, now = attempt.request.kind, self.world.now
+        writes = kind in (Kind.WRITE, Kind.WRITE_ZEROES)
+        if kind is Kind.READ and self.bad_sectors.intersection(_sectors(attempt.request)):
+            attempt.errno = e.ENODATA
+        elif writes and now < self.full_until:
+            attempt.errno = e.ENOSPC
+        elif writes and now < self.stubborn_until:
+            attempt.errno = e.EIO
+        elif self.fail_next:
+            self.fail_next -= 1
+            attempt.errno = ERRNOS[(self.which_errno + self.fail_next) % len(ERRNOS)]
+        return attempt.errno != 0
+
+    def _apply_now(self, attempt: Attempt) -> None:
+        if attempt.session != self.session:
+            return
+        if self.world.now < self.frozen_until:
+            self.world.later(self.frozen_until - self.world.now, self._apply_now, attempt)
+            return
+        self._carry_out(attempt)
+        self.world.later(0.0001 + attempt.luck * 7 % 1 * 0.001, self._reply, attempt)
+
+    def _carry_out(self, attempt: Attempt) -> None:
+        if not attempt.errno:
+            self._apply(attempt, torn=False)
+        elif attempt.request.kind is Kind.FLUSH:
+            self._fail_flush(attempt)
+        elif self.options.torn and attempt.errno not in REFUSED and attempt.luck < 0.5:
+            self._apply(attempt, torn=True)
+
+    def _apply(self, attempt: Attempt, *, torn: bool) -> None:
+        request = attempt.request
+        attempt.applied = True
+        if request.kind is Kind.FLUSH:
+            for sector, entry in attempt.covers or ():
+                self.disk.destage(sector, entry)
+            return
+        if request.kind is Kind.READ:
+            values = [self.disk.visible(sector) for sector in _sectors(request)]
+            attempt.data = encode(values)
+            return
+        if request.kind is Kind.WRITE:
+            source = request.data if attempt.data is None else attempt.data
+            assert source is not None
+            values = decode(source)
+        else:
+            values = [0] * (request.length // SECTOR)
+        lazy = request.kind is Kind.DISCARD  # it may do nothing: TRIM promises no zeroes
+        for index, sector in enumerate(_sectors(request)):
+            if (torn or lazy) and chance(int(attempt.luck * 1e9), index) < 0.5:
+                continue
+            self.bad_sectors.discard(sector)
+            if request.fua and not torn:
+                self.disk.write_through(sector, values[index])
+            else:
+                self.disk.write(sector, values[index], attempt)
+
+    def _fail_flush(self, attempt: Attempt) -> None:
+        """As Linux does: the pages that could not be written are clean from now on."""
+        if self.options.flush_loses and attempt.errno == e.EIO:
+            for sector, entry in attempt.covers or ():
+                if chance(int(attempt.luck * 1e9), sector) < 0.5:
+                    for cached in self.disk.cache.get(sector, []):
+                        cached.clean = True
+                        if cached is entry:
+                            break
+
+    def _reply(self, attempt: Attempt) -> None:
+        if attempt.session != self.session:
+            return
+        if self.world.now < self.frozen_until:
+            self.world.later(self.frozen_until - self.world.now, self._reply, attempt)
+            return
+        attempt.replied = True
+        self._hands.remove(attempt)
+        data = attempt.data if attempt.request.kind is Kind.READ and not attempt.errno else None
+        self.world.reply(attempt.request, attempt.errno, data)
+
+    def calm(self) -> None:
+        """All faults end; what hung is answered."""
+        self._calm = True
+        self.away_until = self.other_until = self.frozen_until = self.full_until = 0.0
+        self.relapse_until = self.stubborn_until = 0.0
+        self.fail_next = self.hang_next = self.delay_next = self._dies_after = 0
+        self.bad_sectors.clear()
+
+
+def _sectors(request: Request) -> range:
+    return range(request.offset // SECTOR, request.end // SECTOR)

@@ -1,0 +1,170 @@
+"""What will happen in one run: operations and faults, made from a seed before anything runs.
+
+A plan is data, so that a failing one can be shrunk by dropping entries.
+"""
+
+from __future__ import annotations
+
+import errno as e
+import random
+from dataclasses import dataclass, fields, replace
+
+from healfs.core.request import Kind
+
+SECTOR = 512
+_MASK = (1 << 64) - 1
+
+
+def chance(*parts: int) -> float:
+    """A number from 0 to 1 that depends on the parts only: dropping another entry of a plan
+    does not change it."""
+    h = 0x9E3779B97F4A7C15
+    for part in parts:
+        h = ((h ^ part) * 0xBF58476D1CE4E5B9) & _MASK
+        h ^= h >> 29
+    h = (h * 0x94D049BB133111EB) & _MASK
+    return (h >> 11) / (1 << 53)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The faults by name. Those below the line need the write log."""
+
+    errno: bool = True  # a few requests fail: failed, lost and refused errnos
+    delay: bool = True  # requests that take up to 8 s
+    hang: bool = True  # requests that are never answered while the connection lives
+    freeze: bool = True  # the server answers nothing for a while
+    disconnect: bool = True  # before and after applying, noticed soon or late
+    away: bool = True  # and refuses to be reached for a while
+    relapse: bool = True  # a server that dies soon after each connection
+    torn: bool = True  # a write with no answer, or an error, is applied in part
+    enospc: bool = True  # for a while
+    bad_sector: bool = True  # unreadable until it is written
+    identity: bool = True  # another disk is there for a while
+    policy: bool = True  # live changes
+    pause: bool = True
+    cancel: bool = True  # the guest gives up
+    inside: bool = False  # the backend answers before send returns
+    # --- with the write log ---
+    cache_loss: bool = False  # a disconnect drops the volatile cache
+    session_flush: bool = False  # a flush covers the writes of its own connection only
+    flush_loses: bool = False  # after a failed flush a bare second one succeeds and does nothing
+    late: bool = False  # an abandoned write is applied within the settle time
+    fence: bool = False  # a fence is asked for; it may fail
+    reconnect: bool = False  # the operator gives up a connection
+    refused_entry: bool = False  # a write is refused for a while after each connection
+
+    def only(self, names: set[str]) -> Options:
+        return replace(self, **{f.name: getattr(self, f.name) and f.name in names for f in fields(self)})
+
+
+TODAY = Options()
+WITH_LOG = replace(
+    TODAY,
+    cache_loss=True,
+    session_flush=True,
+    flush_loses=True,
+    late=True,
+    fence=True,
+    reconnect=True,
+    refused_entry=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One request of a guest. `cancel` seconds after it was sent the guest gives up (0: never)."""
+
+    at: float
+    id: int
+    client: int
+    kind: Kind
+    sector: int
+    count: int
+    fua: bool = False
+    cancel: float = 0.0
+
+    def __str__(self) -> str:
+        where = f" {self.sector}+{self.count}" if self.kind is not Kind.FLUSH else ""
+        return f"#{self.id} {self.kind.name}{' FUA' if self.fua else ''}{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something bad at `at`, for `seconds`; `number` chooses among its variants."""
+
+    at: float
+    name: str
+    seconds: float
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.name} for {self.seconds:.3f} s ({self.number})"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    seed: int
+    options: Options
+    sectors: int
+    depth: int
+    end: float  # virtual seconds until everything is healed
+    entries: tuple[Op | Fault, ...]
+    settle: float = 5.0
+
+
+ERRNOS = (e.EIO, e.ENODATA, e.EREMOTEIO, e.ENOMEM, e.ESHUTDOWN, e.ESTALE, e.EOPNOTSUPP)
+
+# Options that are no entries of their own but change how others turn out.
+_MANNERS = {"torn", "cancel", "inside", "cache_loss", "session_flush", "flush_loses", "late", "fence"}
+_KINDS = (Kind.WRITE,) * 9 + (Kind.READ,) * 7 + (Kind.FLUSH,) * 4
+_KINDS += (Kind.WRITE_ZEROES, Kind.DISCARD)
+
+
+def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
+    """The plan of a seed. Each run has some of the faults only: all at once hide each other."""
+    rng = random.Random(seed)
+    allowed = [f.name for f in fields(options) if getattr(options, f.name)]
+    chosen = {name for name in allowed if name in _MANNERS and rng.random() < 0.8}
+    faults = [name for name in allowed if name not in _MANNERS]
+    chosen |= set(rng.sample(faults, min(len(faults), rng.randint(1, 6))))
+    if "disconnect" in allowed and rng.random() < 0.8:
+        chosen.add("disconnect")
+    used = options.only(chosen)
+    sectors = rng.choice((16, 32, 48, 64))
+    clients = rng.randint(1, 4)
+    end = rng.choice((2.0, 8.0, 30.0, 120.0))
+    span = rng.choice((4, 16, sectors))  # a small span makes many overlaps
+    faults_at = [rng.uniform(0, end) for _ in range(rng.randint(3, 16))]
+    bursts = [at + rng.uniform(-0.01, 0.01) for at in faults_at] if rng.random() < 0.7 else []
+    entries: list[Op | Fault] = []
+    for number in range(1, operations + 1):
+        at = rng.uniform(0, end)
+        if bursts and rng.random() < 0.8:  # many outstanding just when something happens
+            at = min(end, max(0.0, rng.choice(bursts) + rng.uniform(-0.01, 0.01)))
+        entries.append(_operation(rng, at, number, clients, span, sectors, used))
+    names = sorted(chosen - _MANNERS)
+    for at in faults_at if names else ():
+        seconds = rng.uniform(0, rng.choice((0.05, 0.5, 3.0, 10.0)))
+        entries.append(Fault(at, rng.choice(names), seconds, rng.getrandbits(16)))
+    entries.sort(key=lambda entry: entry.at)
+    return Plan(seed, used, sectors, rng.choice((1, 2, 4, 8, 16)), end, tuple(entries))
+
+
+def _operation(
+    rng: random.Random,
+    at: float,
+    number: int,
+    clients: int,
+    span: int,
+    sectors: int,
+    used: Options,
+) -> Op:
+    kind = rng.choice(_KINDS)
+    count = 0 if kind is Kind.FLUSH else rng.choice((1, 1, 1, 2, 3, 4, 8))
+    sector = 0 if kind is Kind.FLUSH else rng.randrange(max(1, span - count + 1))
+    if rng.random() < 0.01 and count:
+        sector = sectors - count + 1  # outside the disk
+    fua = kind in (Kind.WRITE, Kind.WRITE_ZEROES) and rng.random() < 0.15
+    cancel = rng.choice((0.001, 0.01, 1.0)) if used.cancel and rng.random() < 0.05 else 0.0
+    return Op(at, number, rng.randrange(clients), kind, sector, count, fua, cancel)
