@@ -91,6 +91,10 @@ class MountConfig:
     size: int | None = None
     foreground: bool = False
     fault: str | None = None
+    log_size: int = 64 << 20
+    log_entries: int = 16384
+    settle: float | None = None  # None: as the backend says
+    fence: str | None = None
 
     def to_json(self) -> str:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

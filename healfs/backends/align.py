@@ -70,6 +70,11 @@ class AlignedBackend(Backend):
         self._answers.clear()
         self._inner.close()
 
+    def taken(self, request: Request) -> bool:
+        if (request.offset | request.length) & self._mask:
+            return True  # nobody has looked at its parts
+        return self._inner.taken(request)
+
     async def aclose(self) -> None:
         self._answers.clear()
         await self._inner.aclose()

@@ -11,7 +11,8 @@ A backend lives through many connections. The worker drives it so:
 storage does. `done(request, errno, data)` is called on the same thread, from inside `serve`
 or `commit`, once for each submitted request while the connection lives. After `serve` has
 returned or `close` was called, no `done` comes any more for what was submitted before: the
-engine has these requests parked and will send them again.
+engine has these requests parked and will send them again. What still goes on in the kernel then
+must have ended before the next `connect` returns: payloads stay where they are until then.
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Give up the connection. Never blocks."""
+
+    def taken(self, request: Request) -> bool:
+        """After close, until the next connect: may an unanswered request still be carried out?"""
+        return True
 
     async def extents(self, offset: int, length: int) -> list[Extent] | None:
         """Data and holes of the range, in order, at least the first run; None: cannot tell."""

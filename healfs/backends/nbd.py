@@ -170,7 +170,7 @@ class NbdBackend(Backend):
         self._view = memoryview(bytearray(BUFFER))
         self._answers: list[tuple[Request, Done, int]] = []
         self._extent_waiters: set[trio.Event] = set()
-        self._unanswered: list[wire.Command] = []
+        self._taken: set[Request] = set()
         self._sent = 0
         self._was_connected = False
         self._socket_file: tuple[int, int] | None = None
@@ -184,7 +184,7 @@ class NbdBackend(Backend):
         """See Backend.connect. SourceError only before the first success: later, a server that
         refuses the export or talks nonsense is one that has not started up."""
         self.close()
-        self._unanswered = []
+        self._taken = set()
         self._socket_file = self._stat_socket()
         try:
             with trio.fail_after(HANDSHAKE_SECONDS):
@@ -377,17 +377,17 @@ class NbdBackend(Backend):
         self._link = None
         self._answers.clear()
         self._sent = link.protocol.sent
-        self._unanswered = list(link.protocol.pending.values())
+        pending = link.protocol.pending.values()
+        self._taken = {c.context for c in pending if c.start < self._sent and c.context}
         link.close()
         link.protocol.pending.clear()
         link.protocol.out.clear()
         for event in self._extent_waiters:
             event.set()
 
-    def sent_any(self) -> set[Request]:
-        """After close(), until the next connect(): the requests without an answer of which the
-        socket took at least a byte. What it took none of, the server cannot carry out."""
-        return {c.context for c in self._unanswered if c.start < self._sent and c.context}
+    def taken(self, request: Request) -> bool:
+        """What the socket took no byte of, the server cannot carry out."""
+        return request in self._taken
 
     # --- what else ---
 

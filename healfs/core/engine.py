@@ -4,8 +4,9 @@ One object owns all state of a disk. Events come in as calls (submit, completed,
 wake, ...), effects go out through the small interface Effects. Time comes from the given clock,
 chance from the given generator, so the whole engine runs in a simulator.
 
-The order (DESIGN.md, "The engine"): a write waits for older overlapping writes, a read waits for
-older overlapping writes, a read holds back nothing, disjoint requests never wait for each other.
+The parts that can be understood alone are beside it: order (who waits for whom), writelog,
+replay, unsettled, retries, prober, outage. What is left is one machine, and longer than a file
+should be, because every method touches the same few groups of requests.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ import math
 import os
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from healfs.core import errors
 from healfs.core.errors import ErrorClass
+from healfs.core.order import Order
 from healfs.core.outage import Outage
-from healfs.core.overlap import Overlap
 from healfs.core.policy import Action, Policy
-from healfs.core.prober import Prober
+from healfs.core.prober import FIRST_PAUSE, Prober
+from healfs.core.replay import Replay, covers, patch
 from healfs.core.request import Kind, Phase, Request
 from healfs.core.retries import Retries
+from healfs.core.ring import Slot
 from healfs.core.states import State, check_move
 from healfs.core.totals import Totals
+from healfs.core.unsettled import Unsettled
+from healfs.core.writelog import Attempt, WriteLog, memory_size
 
 log = logging.getLogger("healfs.engine")
 
@@ -39,12 +44,12 @@ IN_FLIGHT, PARKED, WAITING, DONE = Phase.IN_FLIGHT, Phase.PARKED, Phase.WAITING,
 
 
 class Effects(Protocol):
-    """What the engine asks of the world. None of these may call the engine back at once,
-    but `send` (which may complete a request before it returns)."""
+    """What the engine asks of the world. None of these may call the engine back before it
+    returns: a completion inside `send` would nest as deep as the queue is long."""
 
     def send(self, request: Request) -> None: ...
-    def release(self, request: Request) -> None:
-        """The engine needs the request's payload no more."""
+    def taken(self, request: Request) -> bool:
+        """Did the backend take any of it? Asked after close; what it did not take never lands."""
 
     def connect(self) -> None:
         """Try once to reach the backend; ends in `connected` or `connect_failed`."""
@@ -56,6 +61,8 @@ class Effects(Protocol):
         """Call `wake` at `when` (the clock's time), or earlier."""
 
     def event(self, name: str, data: dict[str, object]) -> None: ...
+    def fence(self) -> None:
+        """Make sure that nothing of closed connections lands any more; ends in `fenced`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +79,20 @@ class Engine:
         effects: Effects,
         policy: Policy,
         clock: Callable[[], float],
+        log: WriteLog | None = None,
         *,
         slow_after: float = 5.0,
+        settle: float = 0.0,
+        fence: bool = False,
         limits: Limits | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self.effects = effects
         self.policy = policy
         self.clock = clock
+        self.log = _private_log() if log is None else log
+        self.settle = settle  # seconds; see core/unsettled.py
+        self.fence = fence  # Effects.fence decides, not the settle time
         self.slow_after = slow_after  # 0: never
         self._silence = slow_after or math.inf
         self.limits = limits or Limits()
@@ -95,7 +108,20 @@ class Engine:
         self._parked: OrderedDict[int, Request] = OrderedDict()  # may be sent, oldest first
         self._waiting: dict[int, Request] = {}  # behind an older overlapping write
         self._retries = Retries(rng, self.limits.failed_retries_per_second)
-        self._writes = Overlap()  # not out of the backend's hands yet
+        self._no_room: OrderedDict[int, Request] = OrderedDict()  # writes, for room in the log
+        self._writes = Order()  # those not out of the backend's hands yet
+        self._overlays: dict[int, list[tuple[int, bytes]]] = {}  # of reads in flight, by order
+        self._unsettled = Unsettled(self.log)
+        self._fencing: list[Attempt] | None = None  # what a success of the running fence settles
+        self._fence_at: float | None = None
+        self._replay = Replay()
+        self._replaying = False  # begun, or waiting for what is in flight
+        self._replay_at: float | None = None  # try again to write what is suspect
+        self._replay_pause = 0.0
+        self._own_flush: Request | None = None
+        self._pinned: list[Slot] = []  # payloads of attempts on the connection that was lost
+        self._accept = False  # the operator accepts another disk
+        self._recovered: dict[int, Request] = {}  # an earlier worker's, by tag
 
         self.link_up = False
         self._ever_connected = False
@@ -133,10 +159,11 @@ class Engine:
             if self.align > 1:
                 request.start -= request.start % self.align
                 request.end += -request.end % self.align
-            self._wait_for_older(request)
+            if self._recovered and self._submit_again(request):
+                return
+            self._writes.enter(request)
             if request.blockers:
-                request.phase = WAITING
-                self._waiting[request.order] = request
+                self._wait(request)
                 if self._outage.since is not None:
                     self._judge_in_outage(request, now)
                 return
@@ -147,24 +174,9 @@ class Engine:
         if self._outage.since is not None:
             self._judge_in_outage(request, now)
 
-    def _wait_for_older(self, request: Request) -> None:
-        found = self._writes.find(request.start, request.end)
-        is_write = request.kind is not READ
-        for older in found:
-            assert isinstance(older, Request)
-            if older.waiters is None:
-                older.waiters = [request]
-            else:
-                older.waiters.append(request)
-            # Whoever comes next waits for this write and so for the older one that it covers:
-            # a thousand writes to one block cost a thousand steps, not a million.
-            if is_write and request.start <= older.start and older.end <= request.end:
-                self._writes.remove(older)
-                older.indexed = False
-        request.blockers = len(found)
-        if is_write:
-            self._writes.add(request)
-            request.indexed = True
+    def _wait(self, request: Request) -> None:
+        request.phase = WAITING
+        self._waiting[request.order] = request
 
     def _may_send(self) -> bool:
         return (
@@ -180,24 +192,90 @@ class Engine:
             self._outage.waited += 1
 
     def _send(self, request: Request, now: float) -> None:
-        if request.kind is FLUSH and not self.can_flush:
-            # As QEMU's NBD client does; status says what such a flush is worth.
-            self._answer(request, 0, None)
-            self._retire(request)
-            return
+        kind = request.kind
+        if kind is READ:
+            if self._replay.suspects.all and self._read_suspects(request):
+                return
+        elif kind is FLUSH:
+            if not self._may_flush(request, now):
+                return
+        else:
+            if request.record < 0 and (self._no_room or not self.log.enter(request)):
+                request.phase = PARKED
+                self._no_room[request.order] = request
+                self._flush_log()
+                return
+            if len(self._unsettled) and self._unsettled.block(request):
+                self._wait(request)
+                return
         request.phase = IN_FLIGHT
         request.sent = now
         request.attempts += 1
         self._in_flight[request.order] = request
-        if self._alarm is None:
+        if self._alarm is None or now + self._silence < self._alarm:
             self._wake_at(now + self._silence)
         self.effects.send(request)
 
+    def _may_flush(self, request: Request, now: float) -> bool:
+        if not self.can_flush:
+            # As QEMU's NBD client does; status says what such a flush is worth.
+            self._answer(request, 0, None)
+            self._retire(request)
+            return False
+        if self._replay.latched:
+            request.attempts += 1
+            self._judge_failed(request, self._replay.errno or e.EIO, now)
+            return False
+        request.completed = self.log.mark()
+        return True
+
+    def _read_suspects(self, request: Request) -> bool:
+        """Serve a read from the log where the backend may not have the bytes; True: all of it."""
+        start, end = request.offset, request.offset + request.length
+        parts = self._replay.suspects.overlay(start, end)
+        if not parts:
+            return False
+        if not covers(parts, start, end):
+            self._overlays[request.order] = parts
+            return False
+        self._answer(request, 0, patch(bytes(request.length), start, parts))
+        self._retire(request)
+        return True
+
+    def _send_internal(self, request: Request, now: float) -> None:
+        """A request of the engine's own: nobody waits for its answer."""
+        self._order = request.order = self._order + 1
+        request.internal = request.answered = True
+        request.phase = IN_FLIGHT
+        request.sent = now
+        self._in_flight[request.order] = request
+        if self._alarm is None or now + self._silence < self._alarm:
+            self._wake_at(now + self._silence)
+        self.effects.send(request)
+
+    def _flush_log(self) -> None:
+        """The log is half full, or more: make room."""
+        if self._own_flush is None and self.state is State.READY and not self._replay.latched:
+            self._own_flush = Request(FLUSH, 0, 0, _nobody)
+            self._own_flush.completed = self.log.mark()
+            self._send_internal(self._own_flush, self.clock())
+
     def _send_parked(self) -> None:
-        if self.state is not State.READY or not self._parked:
+        if self.state is not State.READY:
             return
         now = self.clock()
-        while self._parked and len(self._in_flight) < self.limits.in_flight:
+        while self._no_room and len(self._in_flight) < self.limits.in_flight:
+            request = next(iter(self._no_room.values()))
+            if not self.log.enter(request):
+                self._flush_log()
+                break
+            del self._no_room[request.order]
+            self._send(request, now)
+        while (
+            self._parked
+            and len(self._in_flight) < self.limits.in_flight
+            and self.state is State.READY
+        ):
             _, request = self._parked.popitem(last=False)
             self._send(request, now)
 
@@ -207,20 +285,51 @@ class Engine:
             if self._in_flight.pop(request.order, None) is not request:
                 raise RuntimeError(f"a second completion of {request}")
             self._last_answer = self.clock()
-            if errno and not request.answered:
+            if request.internal:
+                self._internal_completed(request, errno)
+            elif errno and (not request.answered or errors.is_lost(errno)):
                 self._completed_with_error(request, errno)
             else:
-                if not request.answered:
-                    self._answer(request, 0, data)
-                self._retire(request)
+                self._completed_well(request, errno, data)
             if self._outage.since is not None:
-                self._answered_again()
-            if self._parked:
+                self._answered_again(request)
+            if self._replaying:
+                self._pump_replay()
+            elif self._parked or self._no_room:
                 self._send_parked()
             if self._draining and not self._in_flight:
                 self._drained()
         except Exception:
             self._fault("completed")
+
+    def _completed_well(self, request: Request, errno: int, data: object) -> None:
+        """Success; or an error of a request that was given up before."""
+        kind = request.kind
+        if kind is READ:
+            if self._overlays and (parts := self._overlays.pop(request.order, None)):
+                data = patch(data, request.offset, parts) if not errno else None
+        elif kind is FLUSH:
+            if not errno:
+                self.log.trim(request.completed, self._hold())
+        elif not errno:
+            self.log.complete(request)
+            if self._replay.suspects.all:
+                self._cut_suspects(request)
+            if self.log.half_full:
+                self._flush_log()
+        if not request.answered:
+            self._answer(request, 0, data)
+        self._retire(request)
+
+    def _hold(self) -> Callable[[Request], bool] | None:
+        return self._replay.suspects.hide if self._replay.suspects.all else None
+
+    def _cut_suspects(self, request: Request) -> None:
+        end = request.offset + request.length
+        for entry in self._replay.suspects.cut(request.offset, end):
+            self.log.leave(entry)
+        if not self._replay.suspects.all:
+            self.log.free_held()
 
     def _answer(self, request: Request, errno: int, data: object) -> None:
         if request.answered:
@@ -235,22 +344,24 @@ class Engine:
         while done:
             request = done.pop()
             request.phase = DONE
-            if request.indexed:
-                self._writes.remove(request)
-                request.indexed = False
-            self.effects.release(request)
-            waiters, request.waiters = request.waiters, None
-            for waiter in waiters or ():
-                waiter.blockers -= 1
-                if waiter.blockers:
-                    continue
-                del self._waiting[waiter.order]
-                if waiter.answered:
+            if request.kind is READ or request.kind is FLUSH:
+                continue
+            if not request.completed:
+                self.log.leave(request)
+            for waiter in self._writes.leave(request):
+                if self._unblocked(waiter):
                     done.append(waiter)
-                elif self._may_send():
-                    self._send(waiter, self.clock())
-                else:
-                    self._park(waiter)
+
+    def _unblocked(self, request: Request) -> bool:
+        """It waits for nobody any more. True: it was answered meanwhile, and is to be retired."""
+        del self._waiting[request.order]
+        if request.answered:
+            return True
+        if self._may_send():
+            self._send(request, self.clock())
+        else:
+            self._park(request)
+        return False
 
     def cancel(self, request: Request, errno: int = e.EINTR) -> None:
         """Answer now, whatever the policy says: whoever asked is gone, or gives up.
@@ -268,6 +379,7 @@ class Engine:
         if parked:
             self._parked.pop(request.order, None)
             self._retries.discard(request)
+            self._no_room.pop(request.order, None)
         self._answer(request, errno, data)
         if parked:
             self._retire(request)
@@ -283,11 +395,19 @@ class Engine:
         return given_up
 
     def _unanswered(self) -> Iterator[Request]:
-        for group in (self._in_flight.values(), self._retries, self._parked.values()):
-            yield from (r for r in group if not r.answered)
-        yield from (r for r in self._waiting.values() if not r.answered)
+        for group in (self._in_flight, self._parked, self._waiting, self._no_room):
+            yield from (r for r in group.values() if not r.answered)
+        yield from (r for r in self._retries if not r.answered)
 
     # --- errors and the policy --------------------------------------------------------------
+
+    def _flush_failed(self, errno: int) -> None:
+        """Nothing that is not flushed is certain any more: a bare second fsync would lie."""
+        self.log.lost()
+        self._replay.wanted = True
+        self._replay.errno = errno
+        if self.state is State.READY:
+            self._begin_replay()
 
     def _completed_with_error(self, request: Request, errno: int) -> None:
         match errors.classify(errno):
@@ -298,6 +418,8 @@ class Engine:
                 self._in_flight[request.order] = request  # parked with all the others
                 self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
             case ErrorClass.FAILED:
+                if request.kind is FLUSH:
+                    self._flush_failed(errno)
                 self._judge_failed(request, errno, self.clock())
 
     def _judge_failed(self, request: Request, errno: int, now: float) -> None:
@@ -348,13 +470,14 @@ class Engine:
         actions = [self.policy.of(kind).decide(kind, errno, age) for kind in Kind]
         if all(action is Action.RETRY for action in actions):
             return
-        for request in list(self._unanswered()):
+        for request in sorted(self._unanswered(), key=_age):
             self._judge_in_outage(request, now)
 
     def set_policy(self, policy: Policy) -> None:
         """A new policy, in force at once: it acts on what is parked, too."""
         try:
             self.policy = policy
+            self._save()
             now = self.clock()
             if self.paused_by == "policy":
                 self._resume(now)
@@ -404,6 +527,8 @@ class Engine:
     def _pause_disk(self, by: str, reason: str) -> None:
         self._move(State.PAUSED, reason)
         self.paused_by = by
+        self._stop_replay()
+        self._save()
         self.effects.event("STOP", {})
         self._draining = True
         if not self._in_flight:
@@ -425,11 +550,11 @@ class Engine:
         self.paused_by = ""
         self._draining = False
         self.effects.event("RESUME", {})
+        self._save()
         if self._mismatch:
             self._move(State.MISMATCH, self._mismatch)
         elif self.link_up:
-            self._move(State.READY, "")
-            self._send_parked()
+            self._go_on(now)
         elif not self._ever_connected:
             self._move(State.CONNECTING, "cont")
         else:
@@ -453,41 +578,81 @@ class Engine:
             self._connect_now()
 
     def connected(
-        self, size: int, *, align: int = 1, can_flush: bool = True, mismatch: str = ""
+        self,
+        size: int,
+        *,
+        align: int = 1,
+        can_flush: bool = True,
+        volatile_cache: bool = True,
+        mismatch: str = "",
     ) -> None:
         """The backend is there. `mismatch` says why it is not the disk it was ("": it is)."""
         try:
+            if self.state is State.CLOSED:
+                return
             now = self.clock()
             if not self.size:
                 self.size = size
             elif size < self.size:
                 mismatch = mismatch or f"it has {size} bytes, the disk {self.size}"
-            if mismatch:
+            if mismatch and not (self._accept and size >= self.size):
                 self._connected_to_another(mismatch)
                 return
             self._mismatch = ""
+            self._accept = False
             self.align = max(self.align, align)
             self.can_flush = can_flush
+            self.log.keep = can_flush and volatile_cache
+            self.log.ring.unpin(self._pinned)  # connect() has waited for what hung
+            self._pinned = []
             self.link_up = True
             self._last_answer = now
             self._prober.up(now)
             if self._ever_connected:
                 self.totals.reconnects += 1
             self._ever_connected = True
+            self._save()
             if self.state is not State.PAUSED:
-                self._move(State.READY, "")
-            if not self._parked:
-                self._end_outage(now)
-            self._send_parked()
+                self._go_on(now)
         except Exception:
             self._fault("connected")
 
+    def _go_on(self, now: float) -> None:
+        """The backend is there and nobody has paused the disk: replay first, then the rest."""
+        if self._replay.wanted and self.log.has_unflushed():
+            self._begin_replay()
+            return
+        self._replay.wanted = False
+        if self._replay.suspects.all:
+            self._replay_at = now
+            self._wake_at(now)
+        self._ready(now)
+
+    def _ready(self, now: float) -> None:
+        self._move(State.READY, "")
+        if not any(True for _ in self._unanswered()):
+            self._end_outage(now)
+        self._send_parked()
+
+    def accept(self, *, replay: bool) -> None:
+        """The operator accepts the other disk: write the log to it, or throw the log away."""
+        try:
+            if not replay:
+                self.log.lost()
+                self._replay = Replay()
+                self.log.replayed(self.log.unflushed())
+            self._accept = True
+            self._connect_now()
+        except Exception:
+            self._fault("accept")
+
     def _connected_to_another(self, mismatch: str) -> None:
-        self._mismatch = mismatch
-        self.effects.close()
-        if self.state not in (State.PAUSED, State.MISMATCH):
-            self._move(State.MISMATCH, mismatch)
+        if mismatch != self._mismatch:
+            self._mismatch = mismatch
             self.effects.event("HEALFS_MISMATCH", {"reason": mismatch})
+        self.effects.close()
+        if self.state is not State.PAUSED:
+            self._move(State.MISMATCH, mismatch)
         again = self.clock() + self._longest_pause()  # the right one may come back
         self._prober.later(again)
         self._wake_at(again)
@@ -495,11 +660,13 @@ class Engine:
     def connect_failed(self, errno: int, reason: str = "") -> None:
         """The try did not succeed; the next one comes after a pause."""
         try:
+            if self.state is State.CLOSED:
+                return
             now = self.clock()
             self._outage.errno = errno = errno or e.ETIMEDOUT
             self.reason = reason or os.strerror(errno)
+            self._mismatch = ""
             if self.state is State.MISMATCH:
-                self._mismatch = ""
                 first = not self._ever_connected
                 self._move(State.CONNECTING if first else State.STALLED, self.reason)
             self._prober.failed(now, self._longest_pause())
@@ -522,16 +689,34 @@ class Engine:
     def _lose(self, errno: int, reason: str) -> None:
         now = self.clock()
         self.link_up = False
-        self.effects.close()
+        log.info(
+            "lost with %d in flight, %d entries in the log", len(self._in_flight), len(self.log)
+        )
         self._begin_outage(now, errno, reason, now)
+        self._stop_replay()
+        self._own_flush = None
+        self._overlays.clear()
+        self.log.lost()
+        self._replay.wanted = True
         in_flight, self._in_flight = self._in_flight, {}
+        self.effects.close()
+        self._remember_attempts(in_flight.values(), now)
+        for request in in_flight.values():
+            owner = request.origin.owner if request.origin else request.owner
+            if owner is not None and not owner.pinned:
+                owner.pinned = True
+                self._pinned.append(owner)
         again = []
         for request in in_flight.values():
-            if request.answered:
+            if request.internal:
+                request.phase = DONE
+            elif request.answered:
                 self._retire(request)
             else:
                 again.append(request)
         again += self._retries.take_all(now)
+        again += self._no_room.values()
+        self._no_room.clear()
         self._park_again(again)
         self._outage.waited += len(again)
         self.totals.retries += len(again)
@@ -544,6 +729,56 @@ class Engine:
             self._wake_at(self._prober.next_try or now)
         self._judge_all_in_outage(now)
 
+    def _remember_attempts(self, requests: Iterable[Request], now: float) -> None:
+        """What the backend took of writes may land as long as it is unsettled (promise 4)."""
+        if not self.settle and not self.fence:
+            return
+        until = math.inf if self.fence else now + self.settle
+        for request in requests:
+            if request.kind not in (READ, FLUSH) and self.effects.taken(request):
+                order = request.origin.order if request.origin else request.order
+                self._unsettled.add(order, request.start, request.end, until)
+        if self.fence and len(self._unsettled):
+            self._start_fence()
+        elif (when := self._unsettled.next_time()) is not None:
+            self._wake_at(when)
+
+    def _start_fence(self) -> None:
+        if self._fencing is None:
+            self._fence_at = None
+            self._fencing = list(self._unsettled)
+            self.effects.fence()
+
+    def fenced(self, error: str = "") -> None:
+        """The fence has ended; `error` says why it did not succeed: then the ranges wait on."""
+        try:
+            now = self.clock()
+            covered, self._fencing = self._fencing or [], None
+            if error:
+                self.effects.event("HEALFS_FENCE_FAILED", {"reason": error})
+                self._fence_at = now + self._longest_pause()
+                self._wake_at(self._fence_at)
+                return
+            self._settled(self._unsettled.settle_all(covered))
+            if len(self._unsettled):
+                self._start_fence()  # attempts of a connection lost meanwhile
+        except Exception:
+            self._fault("fenced")
+
+    def _settled(self, free: list[Request]) -> None:
+        for request in free:
+            if self._unblocked(request):
+                self._retire(request)
+        if self._replaying:
+            self._pump_replay()
+
+    def reconnect(self) -> None:
+        """The operator gives up a connection that hangs."""
+        if self.link_up:
+            self.lost(e.ETIMEDOUT, "the connection was given up by the operator")
+        else:
+            self.try_now()
+
     def _park_again(self, requests: list[Request]) -> None:
         """Back into the queue, oldest first (the seed series sent them last-in first-out)."""
         for request in requests:
@@ -553,6 +788,7 @@ class Engine:
 
     def _begin_outage(self, now: float, errno: int, reason: str, since: float) -> None:
         if self._outage.begin(since, errno):
+            self._save()
             oldest = next(self._unanswered(), None)
             kind = oldest.kind if oldest else WRITE
             action = self.policy.of(kind).decide(kind, errno, now - since)
@@ -561,21 +797,170 @@ class Engine:
             self._move(State.STALLED, reason)
         self.reason = reason
 
-    def _answered_again(self) -> None:
-        """An answer came: the end of a hang, and of an outage."""
+    def _answered_again(self, request: Request) -> None:
+        """An answer came: the end of a hang, and, to a guest, of an outage."""
         if not self.link_up:
             return
         if self.state is State.STALLED:
-            self._move(State.READY, "")
-        self._end_outage(self.clock())
+            self._move(State.REPLAYING if self._replaying else State.READY, "")
+        if not request.internal and self.state is State.READY:
+            self._end_outage(self.clock())
 
     def _end_outage(self, now: float) -> None:
         seconds = self._outage.end(now)
+        self._save()
         if seconds is not None:
             self.effects.event(
                 "HEALFS_RECOVERED",
                 {"seconds": round(seconds, 3), "requests_waited": self._outage.waited},
             )
+
+    # --- the replay -------------------------------------------------------------------------
+
+    def _begin_replay(self) -> None:
+        self._replay_at = None
+        self._replaying = True
+        self._move(State.REPLAYING, os.strerror(self._replay.errno) if self._replay.errno else "")
+        self._pump_replay()
+
+    def _stop_replay(self) -> None:
+        if self._replaying:
+            self._replaying = False
+            self._replay.stop()
+            self.log.lost()
+
+    def _pump_replay(self) -> None:
+        if self.state is not State.REPLAYING:
+            return
+        replay, now = self._replay, self.clock()
+        if not replay.running:
+            if self._in_flight:
+                return  # it wants the disk for itself
+            replay.begin(self.log.unflushed())
+        while len(self._in_flight) < self.limits.in_flight:
+            piece = replay.next(self.align, self._unsettled, _nobody)
+            if piece is None:
+                break
+            self._send_internal(piece, now)
+        if replay.done and not replay.flushing:
+            replay.flushing = True
+            self._own_flush = Request(FLUSH, 0, 0, _nobody)
+            self._own_flush.completed = self.log.mark()
+            self._send_internal(self._own_flush, now)
+
+    def _internal_completed(self, request: Request, errno: int) -> None:
+        request.phase = DONE
+        if errors.is_lost(errno):
+            self._in_flight[request.order] = request
+            self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
+        elif request.kind is FLUSH:
+            own, self._own_flush = self._own_flush, None
+            if own is not request:
+                return  # of a replay that was stopped
+            if self._replaying and self._replay.flushing:
+                self._replay_flushed(request, errno)
+            elif errno:
+                self._flush_failed(errno)
+            else:
+                self.log.trim(request.completed, self._hold())
+        elif errno:
+            self._replay.refused(request, errno)
+        else:
+            self._replay.written(request)
+
+    def _replay_flushed(self, request: Request, errno: int) -> None:
+        now = self.clock()
+        self._replaying = False
+        if errno:
+            self.log.lost()
+            self._replay.failed(errno, self.log.unflushed())
+        else:
+            stable = self._replay.succeeded()
+            hold = self._hold()
+            self.log.trim(request.completed, hold)
+            self.log.replayed(stable, hold)
+        if self._replay.latched:
+            action = self.policy.write.decide(FLUSH, self._replay.errno, 0.0)
+            self._io_error(WRITE, self._replay.errno, action)
+            self._replay_pause = min(self._longest_pause(), self._replay_pause * 2 or FIRST_PAUSE)
+            self._replay_at = now + self._replay_pause
+            self._wake_at(self._replay_at)
+        else:
+            self._replay_pause = 0.0
+            self.log.free_held()
+        self._ready(now)
+
+    # --- the take-over ----------------------------------------------------------------------
+
+    def take_over(self) -> None:
+        """Go on where an earlier worker died (promise 10): call it before anything else.
+
+        Then submit what the kernel sends again, oldest first, then call `resent`, then `start`.
+        """
+        found, attempts = self.log.recover(_nobody)
+        self._load(self.log.saved() or {})
+        now = self.clock()
+        self.state = State.STALLED
+        self._ever_connected = True
+        self._replay.wanted = True
+        for attempt in attempts:
+            attempt.until = math.inf if self.fence else now + self.settle
+            self._unsettled.restore(attempt)
+            self._order = max(self._order, attempt.order)
+        for entry in found:
+            entry.start -= entry.start % self.align
+            entry.end += -entry.end % self.align
+            entry.answered = True
+            self._order = max(self._order, entry.order)
+            self._recovered[entry.tag] = entry
+        self._remember_attempts([entry for entry in found if not entry.completed], now)
+        self._begin_outage(now, e.ESHUTDOWN, "the worker died", now)
+        if self.paused_by:
+            self.state = State.PAUSED
+
+    def _submit_again(self, request: Request) -> bool:
+        """A request that the kernel sends again; True: it was done already.
+
+        Its bytes may have changed since: what counts is what may be on the disk already, so it
+        is answered for, or sent with, the bytes of the first time.
+        """
+        if request.kind is READ or (entry := self._recovered.pop(request.tag, None)) is None:
+            return False
+        self.log.release(request)
+        if entry.completed:
+            self._answer(request, 0, None)
+            request.phase = DONE
+            return True
+        self.log.replace(entry, request)
+        return False
+
+    def resent(self) -> None:
+        """All that the kernel sends again was submitted; what did not come, nobody waits for."""
+        for entry in self._recovered.values():
+            if not entry.completed:
+                self.log.leave(entry)
+        self._recovered = {}
+
+    def _save(self) -> None:
+        """Keep what a successor has to know."""
+        self.log.save(
+            {
+                "policy": self.policy.as_dict(),
+                "paused_by": self.paused_by,
+                "size": self.size,
+                "align": self.align,
+                "outage": self._outage.save(),
+                "ever_connected": self._ever_connected,
+            }
+        )
+
+    def _load(self, saved: Any) -> None:
+        if not saved:
+            return
+        self.policy = Policy.from_dict(saved["policy"])
+        self.paused_by = saved["paused_by"]
+        self.size, self.align = saved["size"], saved["align"]
+        self._outage.load(saved["outage"])
 
     # --- time -------------------------------------------------------------------------------
 
@@ -593,6 +978,14 @@ class Engine:
                 return
             if self._prober.next_try is not None and now >= self._prober.next_try:
                 self._connect_now()
+            if self._replay_at is not None and now >= self._replay_at:
+                self._replay_at = None
+                if self.state is State.READY and self._replay.latched:
+                    self._begin_replay()
+            if self._fence_at is not None and now >= self._fence_at:
+                self._start_fence()
+            if len(self._unsettled):
+                self._settled(self._unsettled.settle(now))
             self._retry_failed(now)
             self._look_for_silence(now)
             self._judge_all_in_outage(now)
@@ -608,7 +1001,7 @@ class Engine:
                 self._judge_failed(request, request.errno, now)
                 continue
             self.totals.retries += 1
-            if self.state is State.READY:
+            if self.state is State.READY and len(self._in_flight) < self.limits.in_flight:
                 self._send(request, now)
             else:
                 self._park_again([request])
@@ -619,7 +1012,7 @@ class Engine:
             return
         oldest = next(iter(self._in_flight.values()))
         silent_since = max(self._last_answer, oldest.sent)
-        if self._outage.since is None and now - silent_since >= self._silence:
+        if self.state in (State.READY, State.REPLAYING) and now >= silent_since + self._silence:
             reason = f"no answer for {self.slow_after:g} s"
             self._begin_outage(now, e.ETIMEDOUT, reason, oldest.sent)
             self._probe_at = now + self._longest_pause()
@@ -649,7 +1042,13 @@ class Engine:
 
     def _set_alarm(self, now: float) -> None:
         times = []
-        for when in (self._prober.next_try, self._retries.next_time()):
+        for when in (
+            self._prober.next_try,
+            self._retries.next_time(),
+            self._replay_at,
+            self._fence_at,
+            self._unsettled.next_time() if len(self._unsettled) else None,
+        ):
             if when is not None:
                 times.append(when)
         timeouts = [
@@ -710,17 +1109,24 @@ class Engine:
         """For `healfs status`: times in seconds."""
         now = self.clock()
         in_flight = sum(not r.answered for r in self._in_flight.values())
-        given_up = len(self._in_flight) - in_flight
+        unsettled = len(self._unsettled) + sum(  # and what was given up in a hang
+            r.answered and not r.internal for r in self._in_flight.values()
+        )
         parked = sum(not r.answered for r in self._waiting.values())
-        parked += len(self._parked) + len(self._retries)
+        parked += len(self._parked) + len(self._retries) + len(self._no_room)
         return {
             "state": str(self.state),
             "state_seconds": round(now - self.since, 3),
             "reason": self.reason or None,
             "size": self.size,
-            "requests": {"in_flight": in_flight, "parked": parked, "unsettled": given_up},
+            "requests": {
+                "in_flight": in_flight,
+                "parked": parked,
+                "unsettled": unsettled,
+            },
             "policy": self.policy.as_dict(),
             "slow_after": self.slow_after,
+            "write_log": self.log.as_dict(),
             "outages": self._outage.as_dict(now),
             "totals": self.totals.as_dict(),
             "limits": {
@@ -728,3 +1134,17 @@ class Engine:
                 "failed_retries_per_second": {"limit": self.limits.failed_retries_per_second},
             },
         }
+
+
+def _age(request: Request) -> int:
+    return request.order
+
+
+def _nobody(request: Request, errno: int, data: object) -> None:
+    """Nobody waits for the engine's own requests."""
+
+
+def _private_log() -> WriteLog:
+    """A log in ordinary memory: it does not outlive the process."""
+    memory = bytearray(memory_size(4 << 20, 2048))
+    return WriteLog(memoryview(memory), 2048, 1 << 20)

@@ -157,6 +157,10 @@ _FOR_GUEST: dict[int, int] = {
 }
 
 
+def is_lost(errno: int) -> bool:
+    return errno in LOST
+
+
 def for_guest(errno: int) -> int:
     """The errno that a guest sees for the backend's errno (0 stays 0)."""
     return _FOR_GUEST.get(errno, e.EIO)

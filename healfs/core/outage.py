@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno as e
+from typing import Any
 
 
 class Outage:
@@ -43,3 +44,17 @@ class Outage:
             "current_seconds": round(current, 3),
             "longest_seconds": round(max(self.longest, current), 3),
         }
+
+    def save(self) -> dict[str, object]:
+        """For a successor on the same host, whose monotonic clock is the same."""
+        return {
+            "since": self.since,
+            "errno": self.errno,
+            "waited": self.waited,
+            "count": self.count,
+            "longest": self.longest,
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.since, self.errno = saved["since"], saved["errno"]
+        self.waited, self.count, self.longest = saved["waited"], saved["count"], saved["longest"]

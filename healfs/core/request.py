@@ -46,20 +46,24 @@ class Request:
         "attempts",
         "blockers",
         "caller",
+        "completed",
         "data",
         "end",
         "errno",
         "first_error",
         "fua",
         "indexed",
+        "internal",
         "kind",
         "length",
         "may_unmap",
         "offset",
         "on_answer",
         "order",
+        "origin",
         "owner",
         "phase",
+        "record",
         "retry_at",
         "sent",
         "start",
@@ -88,7 +92,7 @@ class Request:
         self.fua = fua
         self.may_unmap = may_unmap
         self.tag = tag  # the frontend's name for it (FUSE: the unique id)
-        self.owner = owner  # the frontend's own (the payload's slot, the caller)
+        self.owner: Any = owner  # the frontend's own (the payload's slot, the caller)
         self.caller = 0  # thread id of who asked
         # --- the engine's ---
         self.phase = Phase.NEW
@@ -103,6 +107,10 @@ class Request:
         self.blockers = 0
         self.waiters: list[Request] | None = None
         self.indexed = False
+        self.record = -1  # in the write log's table
+        self.completed = 0  # a write: its number among the completions; a flush: its mark
+        self.internal = False  # the engine's own: a flush, a piece of a replay
+        self.origin: Request | None = None  # the entry that a piece of a replay is of
         self.start = offset  # the range that counts for the order: whole minimum blocks
         self.end = offset + length
 

@@ -30,6 +30,7 @@ MOVES: dict[State, dict[State, str]] = {
     },
     State.READY: {
         State.STALLED: "connection lost, or no answer for slow-after",
+        State.REPLAYING: "a flush failed, or refused writes are tried again",
         State.PAUSED: "stop",
         State.FAULTED: "an internal error",
         State.CLOSED: "umount",

@@ -8,27 +8,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from healfs import __version__
+from healfs.backends.base import Geometry
 from healfs.control.server import Argument, CommandError, Peer, Verb
 from healfs.core.policy import Action, Policy, PolicyError
 from healfs.core.states import State
-from healfs.daemon.sources import device_for
+from healfs.daemon.parent import UnmountError
 
 if TYPE_CHECKING:
     from healfs.daemon.worker import Worker
 
 BUSY_SHOWN = 5  # processes named when a mount is in use
-_EMPTY_LOG = {
-    "enabled": False,
-    "reason": "not in this version",
-    "requests": 0,
-    "bytes": 0,
-    "limit_requests": 0,
-    "limit_bytes": 0,
-}
-
-
-class UnmountError(Exception):
-    """Not unmounted; the text says what waits and what to do."""
 
 
 def verbs(worker: Worker) -> dict[str, Verb]:
@@ -43,6 +32,11 @@ def verbs(worker: Worker) -> dict[str, Verb]:
         "healfs-set-policy": Verb(
             lambda arguments, peer: set_policy(worker, arguments, peer),
             {"read": Argument(dict, optional=True), "write": Argument(dict, optional=True)},
+        ),
+        "healfs-reconnect": Verb(lambda arguments, peer: reconnect(worker)),
+        "healfs-accept": Verb(
+            lambda arguments, peer: accept(worker, bool(arguments["replay"])),
+            {"replay": Argument(bool)},
         ),
         "healfs-umount": Verb(
             lambda arguments, peer: umount(worker, bool(arguments.get("force", False))),
@@ -77,6 +71,9 @@ def status(worker: Worker) -> dict[str, Any]:
         notes.append(f"{unknown} waiting requests are of processes that cannot be named")
     if worker.parent.gone.is_set():
         notes.append("the keeper is gone: the worker's death is not survived")
+    write_log: Any = engine["write_log"]
+    if not write_log["enabled"]:
+        write_log["reason"] = _why_no_log(geometry)
     return {
         "mountpoint": mountpoint,
         "file": os.path.join(mountpoint, worker.config.name),
@@ -87,11 +84,18 @@ def status(worker: Worker) -> dict[str, Any]:
         "pids": {"keeper": os.getppid(), "worker": os.getpid()},
         "since": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat("T", "seconds"),
         **engine,
-        "write_log": _EMPTY_LOG,
         "limits": limits,
         "notes": notes,
         "version": __version__,
     }
+
+
+def _why_no_log(geometry: Geometry | None) -> str:
+    if geometry is None:
+        return "not connected yet"
+    if not geometry.can_flush:
+        return "the backend cannot flush: nothing is on stable storage for certain"
+    return "the backend has no volatile cache: what is answered is stable"
 
 
 def query_status(worker: Worker) -> dict[str, Any]:
@@ -200,6 +204,26 @@ def _fields(given: dict[str, Any] | None) -> dict[str, object]:
     return fields
 
 
+def reconnect(worker: Worker) -> dict[str, Any]:
+    """Give up a connection that hangs; its attempts are unsettled then."""
+    if worker.engine.state in (State.FAULTED, State.MISMATCH):
+        raise CommandError(f"the disk is {worker.engine.state}: {worker.engine.reason}")
+    worker.engine.reconnect()
+    worker.commit()
+    return {}
+
+
+def accept(worker: Worker, replay: bool) -> dict[str, Any]:
+    """Go on with the disk that came back: write the log to it, or throw the log away."""
+    if worker.engine.state is not State.MISMATCH:
+        raise CommandError(
+            f"there is nothing to accept: the disk is {worker.engine.state}, not in mismatch"
+        )
+    worker.engine.accept(replay=replay)
+    worker.commit()
+    return {}
+
+
 async def umount(worker: Worker, force: bool) -> dict[str, Any]:
     try:
         given_up = await worker.umount(force=force)
@@ -235,6 +259,3 @@ def _users_of(mountpoint: str) -> list[str]:
         except OSError:
             continue  # gone, or not ours to see
     return users
-
-
-__all__ = ["busy_text", "device_for", "verbs"]

@@ -98,7 +98,13 @@ class Keeper:
         if not self.config.get("foreground"):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fds = {"listener": listener.fileno(), "keeper": theirs.fileno(), "ready": self.ready}
+        self.memory = os.memfd_create("healfs-log", os.MFD_CLOEXEC)
+        fds = {
+            "listener": listener.fileno(),
+            "keeper": theirs.fileno(),
+            "ready": self.ready,
+            "memory": self.memory,
+        }
         self.worker = subprocess.Popen(
             [sys.executable, "-m", "healfs.daemon.worker", json.dumps(fds)],
             pass_fds=tuple(fds.values()),

@@ -19,6 +19,10 @@ class ParentError(OSError):
         return str(self.args[1])
 
 
+class UnmountError(Exception):
+    """Not unmounted; the text says what waits and what to do."""
+
+
 class Parent:
     """Requests to the keeper are answered in their order; one is under way at a time."""
 

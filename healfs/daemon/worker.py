@@ -1,7 +1,8 @@
 """The worker: the composition root. Wires channel, engine, backend and control, and drives them.
 
 Started by the keeper as `python -m healfs.daemon.worker FDS`, FDS a JSON object of descriptors:
-listener (the control socket), keeper (the socket to it), ready (the pipe to `healfs mount`).
+listener (the control socket), keeper (the socket to it), ready (the pipe to `healfs mount`),
+memory (the memfd of the write log).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno as e
 import json
 import logging
 import math
+import mmap
 import os
 import signal
 import socket
@@ -27,10 +29,12 @@ from healfs.config import MountConfig
 from healfs.control.server import ControlServer
 from healfs.core.engine import Engine
 from healfs.core.request import Kind, Request
+from healfs.core.ring import PAGE
 from healfs.core.states import State
-from healfs.daemon import commands, sources
-from healfs.daemon.commands import UnmountError
-from healfs.daemon.parent import Parent, ParentError
+from healfs.core.writelog import WriteLog, memory_size
+from healfs.daemon import commands, fencing, sources
+from healfs.daemon.parent import Parent, ParentError, UnmountError
+from healfs.fuse import wire
 from healfs.fuse.callers import Callers
 from healfs.fuse.channel import Channel
 from healfs.fuse.namespace import Namespace
@@ -42,21 +46,32 @@ UNMOUNT_SECONDS = 5.0
 FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
 SEEK_SECONDS = 1.0  # an answer to SEEK_DATA is not worth waiting for: "all is data" is legal
 LOOK_SECONDS = 1.0  # between two looks at who waits
-DEVICE_NAMES = ("virtio-blk", "scsi")
 
 
 class Worker:
     """Is the engine's Effects, too."""
 
-    def __init__(self, config: MountConfig, parent: Parent, ready: int, listener: int) -> None:
+    def __init__(
+        self, config: MountConfig, parent: Parent, ready: int, listener: int, log_memory: int
+    ) -> None:
         self.config = config
+        self._fence_wanted = trio.Event()
         self.parent = parent
         self.ready = ready
         self.listener = socket.socket(fileno=listener)
         self.started = time.time()
         self.backend: Backend = sources.backend_for(config)
         self.geometry: Geometry | None = None
-        self.engine = Engine(self, config.policy, time.monotonic, slow_after=config.slow_after)
+        settle = self.backend.settle if config.settle is None else config.settle
+        self.engine = Engine(
+            self,
+            config.policy,
+            time.monotonic,
+            _write_log(config, log_memory),
+            slow_after=config.slow_after,
+            settle=settle,
+            fence=config.fence is not None,
+        )
         self.control = ControlServer(commands.verbs(self), version=__version__)
         self.channel: Channel
         self.callers = Callers()
@@ -72,9 +87,11 @@ class Worker:
     def send(self, request: Request) -> None:
         self.backend.submit(request, self.engine.completed)
 
-    def release(self, request: Request) -> None:
-        if request.owner is not None:
-            self.channel.release(request)
+    def taken(self, request: Request) -> bool:
+        return self.backend.taken(request)
+
+    def fence(self) -> None:
+        self._fence_wanted.set()
 
     def connect(self) -> None:
         self._connect_wanted.set()
@@ -109,6 +126,7 @@ class Worker:
 
     async def run(self) -> int:
         """The exit status."""
+        status: int | None = 1
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.parent.listen)
             nursery.start_soon(self._terminate_early, nursery.cancel_scope)
@@ -120,7 +138,7 @@ class Worker:
             nursery.cancel_scope.cancel()
         with trio.move_on_after(UNMOUNT_SECONDS):
             await self.backend.aclose()
-        return status
+        return status or 0
 
     async def _terminate_early(self, scope: trio.CancelScope) -> None:
         """Before the mount, SIGTERM just ends the process."""
@@ -144,7 +162,13 @@ class Worker:
         read_only = self.config.read_only
         self.engine.size = size
         self.channel = Channel(
-            fuse, size, self.engine, self.commit, self._seek, read_only=read_only
+            fuse,
+            size,
+            self.engine,
+            self.commit,
+            self._seek,
+            self.engine.log.ring,
+            read_only=read_only,
         )
         self.channel.on_init = self._save_init
         self.channel.on_interrupt = self._interrupted
@@ -181,6 +205,7 @@ class Worker:
             nursery.start_soon(self._link)
             nursery.start_soon(pyfuse3.main)
             nursery.start_soon(self._look_who_waits)
+            nursery.start_soon(self._fence)
             nursery.start_soon(self.control.serve, self.listener)
             nursery.start_soon(self._until_unmounted)
             self._report_ready()
@@ -272,11 +297,24 @@ class Worker:
             geometry.size,
             align=geometry.minimum_block,
             can_flush=geometry.can_flush,
+            volatile_cache=geometry.volatile_cache,
             mismatch=mismatch,
         )
-        if not mismatch:
+        if self.engine.link_up:
             self.geometry = geometry
         self.commit()
+
+    async def _fence(self) -> None:
+        """Run the operator's command as often as the engine asks for it."""
+        while True:
+            await self._fence_wanted.wait()
+            self._fence_wanted = trio.Event()
+            assert self.config.fence is not None
+            identity = self.geometry.identity if self.geometry else {}
+            error = await fencing.run(self.config.fence, self.backend.source, identity)
+            log.info("fence: %s", error or "succeeded")
+            self.engine.fenced(error)
+            self.commit()
 
     async def _seek(self, offset: int, whence: int) -> int | None:
         """The next data or hole; -1: there is no more data. Never waits for the backend long."""
@@ -406,6 +444,15 @@ class Worker:
         return errors == [0]
 
 
+def _write_log(config: MountConfig, fd: int) -> WriteLog:
+    """In the keeper's memfd, which outlives this process."""
+    size = memory_size(config.log_size, config.log_entries)
+    if os.fstat(fd).st_size == 0:
+        os.ftruncate(fd, size)
+    memory = memoryview(mmap.mmap(fd, size))
+    return WriteLog(memory, config.log_entries, wire.MAX_WRITE + PAGE)
+
+
 def _set_up_log(where: str) -> None:
     handler: logging.Handler
     if where in ("stderr", "journal"):
@@ -432,7 +479,7 @@ async def _main(fds: dict[str, int]) -> int:
     _set_up_log(str(parent.greeting["log"]))
     config = MountConfig.from_json(parent.greeting["config"])
     try:
-        worker = Worker(config, parent, fds["ready"], fds["listener"])
+        worker = Worker(config, parent, fds["ready"], fds["listener"], fds["memory"])
     except SourceError as exc:
         report = {"event": "error", "message": str(exc), "status": 2}
         os.write(fds["ready"], json.dumps(report).encode() + b"\n")

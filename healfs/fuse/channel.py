@@ -17,8 +17,8 @@ from typing import Protocol
 import trio
 
 from healfs.core.request import Kind, Phase, Request
+from healfs.core.ring import PayloadRing
 from healfs.fuse import wire
-from healfs.fuse.payload import PayloadRing, Slot
 
 log = logging.getLogger("healfs.channel")
 
@@ -26,7 +26,6 @@ READ, WRITE, FLUSH, WRITE_ZEROES = Kind.READ, Kind.WRITE, Kind.FLUSH, Kind.WRITE
 IN_FLIGHT = Phase.IN_FLIGHT
 BATCH = 64  # messages per wake-up, so that completions and control get their turn
 PASSED_ON = 2 << 20  # socket buffers towards pyfuse3, bytes
-DEFAULT_RING = 64 << 20
 
 
 class Sink(Protocol):
@@ -54,9 +53,9 @@ class Channel:
         sink: Sink,
         commit: Callable[[], None],
         seek: Seek,
+        ring: PayloadRing,
         *,
         read_only: bool = False,
-        ring: PayloadRing | None = None,
     ) -> None:
         os.set_blocking(fuse, False)
         self.fuse = fuse
@@ -65,7 +64,7 @@ class Channel:
         self.commit = commit
         self.seek = seek
         self.read_only = read_only
-        self.ring = ring or PayloadRing(DEFAULT_RING, wire.MAX_WRITE + 4096)
+        self.ring = ring
         self.held: dict[int, Request] = {}  # by unique: not answered yet
         self.on_interrupt: Callable[[Request], None] = lambda request: None
         self.on_held: Callable[[Request], None] = lambda request: None
@@ -162,6 +161,7 @@ class Channel:
                 tag=unique,
                 owner=slot,
             )
+            slot.request = request
             self._hold(request, pid)
 
     def _seldom(self, opcode: int, unique: int, pid: int, length: int) -> None:
@@ -245,14 +245,6 @@ class Channel:
             # ENOENT: nobody waits for it any more. ENODEV: unmounted.
             if exc.errno not in (e.ENOENT, e.ENODEV):
                 raise
-
-    def release(self, request: Request) -> None:
-        """The engine needs the payload no more."""
-        slot = request.owner
-        if slot is not None:
-            assert isinstance(slot, Slot)
-            request.data = request.owner = None
-            self.ring.release(slot)
 
     # --- pyfuse3 ----------------------------------------------------------------------------
 

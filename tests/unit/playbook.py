@@ -10,12 +10,14 @@ from __future__ import annotations
 import errno as e
 import inspect
 import random
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from healfs.core.engine import Engine, Limits
 from healfs.core.policy import Action, DirectionPolicy, Policy
 from healfs.core.request import Kind, Request
+from healfs.core.ring import Slot
 
 BLOCK = 4096
 SIZE = 1 << 20
@@ -45,6 +47,20 @@ def policy(
         return DirectionPolicy(Action(value)) if isinstance(value, str) else value
 
     return Policy(direction(read), direction(write))
+
+
+class Name(int):
+    """A tag, which is a number, with the name that the test gave."""
+
+    text: str
+
+    def __new__(cls, text: str) -> Name:
+        name = super().__new__(cls, zlib.crc32(text.encode()))
+        name.text = text
+        return name
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Playbook:
@@ -78,6 +94,15 @@ class Playbook:
             rng=random.Random(1),
             **FENCED,
         )
+        ring = self.engine.log.ring
+        release = ring.release
+
+        def released(slot: Slot) -> None:
+            assert isinstance(slot.request, Request)
+            self.released.append(str(slot.request.tag))
+            release(slot)
+
+        ring.release = released  # type: ignore[method-assign]
         if up:
             self.engine.start()
             self.up(size)
@@ -91,8 +116,8 @@ class Playbook:
         if self.on_send:
             self.on_send(request)
 
-    def release(self, request: Request) -> None:
-        self.released.append(str(request.tag))
+    def taken(self, request: Request) -> bool:
+        return True
 
     def connect(self) -> None:
         self.connects.append(self.now)
@@ -124,7 +149,11 @@ class Playbook:
 
         data = name.encode() * length if kind is Kind.WRITE else None
         request = Request(kind, offset, length, answered, data=data)
-        request.tag = name  # type: ignore[assignment]  # the engine hands it through untouched
+        request.tag = Name(name)
+        if data is not None:
+            slot = self.engine.log.ring.store(data)
+            if slot is not None:
+                request.owner, request.data, slot.request = slot, slot.data, request
         self._requests[name] = request
         self.engine.submit(request)
         return request

@@ -297,60 +297,6 @@ def test_one_rate_limit_holds_for_all_failed_requests():
     assert len(play.sends) == 100
 
 
-def test_a_thousand_parked_requests_with_a_backend_that_answers_inside_send():
-    play = Playbook()
-    play.outage()
-    for number in range(1000):
-        play.write(f"w{number}", number % 200)
-    play.on_send = lambda request: play.engine.completed(request, 0)
-    play.up()
-    assert play.state == "ready"
-    assert len(play.answers) == 1000
-
-
-def test_a_long_chain_with_a_backend_that_answers_inside_send():
-    play = Playbook()
-    play.write("w0")
-    for number in range(1, 1000):
-        play.write(f"w{number}")
-    play.on_send = lambda request: play.engine.completed(request, 0)
-    play.ok("w0")
-    assert play.state == "ready"
-    assert list(play.answers) == [f"w{number}" for number in range(1000)]
-
-
-def test_a_loss_told_inside_send_stops_the_sending():
-    play = Playbook()
-    play.outage()
-    for number, name in enumerate("abc"):
-        play.write(name, number)
-
-    def lose_three_times_at_most(request):
-        if len(play.sends) <= 3:
-            play.engine.completed(request, e.ECONNRESET)
-
-    play.on_send = lose_three_times_at_most
-    play.up()
-    assert [line for line in play.take() if line.startswith("send")] == ["send a"]
-    assert play.state == "stalled"
-
-
-def test_a_stop_decided_inside_send_stops_the_sending():
-    play = Playbook(policy(write="enospc"))
-    play.engine.pause()
-    for number, name in enumerate("abc"):
-        play.write(name, number)
-
-    def full_three_times_at_most(request):
-        if len(play.sends) <= 3:
-            play.engine.completed(request, e.ENOSPC)
-
-    play.on_send = full_three_times_at_most
-    play.engine.resume()
-    play.expect("send a")
-    assert play.state == "paused"
-
-
 def test_every_payload_is_released_exactly_once():
     play = Playbook(policy(retry(timeout=2)))
     play.write("a", 0)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from healfs.fuse.payload import PayloadRing
+from healfs.core.ring import PayloadRing
 
 MESSAGE = 4 * mmap.PAGESIZE
 STEPS = st.lists(
@@ -17,7 +17,7 @@ STEPS = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(STEPS, st.integers(2, 5))
 def test_what_is_kept_stays_as_it_is_until_it_is_released(steps, messages):
-    ring = PayloadRing(messages * MESSAGE, MESSAGE)
+    ring = PayloadRing(memoryview(bytearray(messages * MESSAGE)), MESSAGE)
     kept = []
     for number, (keep, length, choice) in enumerate(steps):
         if keep or not kept:
@@ -39,7 +39,7 @@ def test_what_is_kept_stays_as_it_is_until_it_is_released(steps, messages):
 
 
 def test_a_full_ring_takes_ordinary_memory_and_comes_back():
-    ring = PayloadRing(2 * MESSAGE, MESSAGE)
+    ring = PayloadRing(memoryview(bytearray(2 * MESSAGE)), MESSAGE)
     slots = []
     for _ in range(4):
         ring.target()
@@ -53,7 +53,7 @@ def test_a_full_ring_takes_ordinary_memory_and_comes_back():
 
 
 def test_payloads_begin_on_a_page():
-    ring = PayloadRing(8 * MESSAGE, MESSAGE)
+    ring = PayloadRing(memoryview(bytearray(8 * MESSAGE)), MESSAGE)
     for length in (1, 4095, 4096, 4097):
         before = ring.used
         ring.target()
@@ -62,7 +62,7 @@ def test_payloads_begin_on_a_page():
 
 
 def test_one_old_payload_holds_back_the_tail_and_loses_nothing():
-    ring = PayloadRing(4 * MESSAGE, MESSAGE)
+    ring = PayloadRing(memoryview(bytearray(4 * MESSAGE)), MESSAGE)
     ring.target()[:4] = b"old!"
     old = ring.keep(4)
     for _ in range(50):
@@ -73,4 +73,4 @@ def test_one_old_payload_holds_back_the_tail_and_loses_nothing():
 
 def test_a_ring_too_small_for_two_messages_is_refused():
     with pytest.raises(ValueError, match="too small"):
-        PayloadRing(MESSAGE, MESSAGE)
+        PayloadRing(memoryview(bytearray(MESSAGE)), MESSAGE)

@@ -1,0 +1,138 @@
+"""Where the payloads of writes live: a ring that messages are read into at its head.
+
+A WRITE's payload is read from /dev/fuse to where it is kept and sent from, with no copy more.
+Only what arrived is kept, so 4 KiB writes lie densely. Space is freed at the tail, in the order
+of arrival; `evict` moves what would hold it back for long. When less than one message is free,
+payloads go to ordinary memory until there is room: /dev/fuse must always be read, or stat hangs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+PAGE = 4096  # payloads begin on a page: O_DIRECT takes them as they are
+
+
+class Slot:
+    """One payload: in the ring (`end` is the ring's position behind it), or outside (end 0)."""
+
+    __slots__ = ("data", "end", "free", "pinned", "place", "request")
+
+    def __init__(self, data: memoryview | bytearray, place: int, end: int) -> None:
+        self.data = data
+        self.place = place  # bytes from the start of the ring's memory
+        self.end = end  # ever growing
+        self.free = False
+        self.pinned = False  # an attempt on a closed connection may still read it
+        self.request: object = None  # whose payload it is
+
+
+class PayloadRing:
+    """`memory` is a multiple of a page; `message` is the longest payload, in bytes."""
+
+    def __init__(self, memory: memoryview, message: int) -> None:
+        if len(memory) < 2 * message or len(memory) % PAGE:
+            raise ValueError("the ring is too small for two messages, or no multiple of a page")
+        self.size = len(memory)
+        self.message = message
+        self._memory = memory
+        self._head = 0  # positions only grow; position modulo size is the place
+        self._tail = 0
+        self._slots: deque[Slot] = deque()
+        self._scratch = bytearray(message)
+        self.overflow = 0  # bytes in ordinary memory
+        self.window: memoryview | None = memory[:message]
+
+    @property
+    def used(self) -> int:
+        return self._head - self._tail
+
+    def _room(self, length: int) -> memoryview | None:
+        """`length` bytes in one piece at the head; moves the head over an end too short."""
+        place = self._head % self.size
+        rest = self.size - place
+        if rest < length:
+            if self.used + rest + length > self.size:
+                return None
+            self._head += rest
+            place = 0
+        elif self.used + length > self.size:
+            return None
+        return self._memory[place : place + length]
+
+    def target(self) -> memoryview | bytearray:
+        """Where the next message's payload is to be read to."""
+        if self.window is None:
+            self.window = self._room(self.message)
+        return self._scratch if self.window is None else self.window
+
+    def keep(self, length: int) -> Slot:
+        """Keep the first `length` bytes of the target."""
+        if self.window is None:
+            self.overflow += length
+            return Slot(self._scratch[:length], 0, 0)
+        return self._take(self.window, length)
+
+    def _take(self, window: memoryview, length: int) -> Slot:
+        place = self._head % self.size
+        self._head += -(-length // PAGE) * PAGE
+        slot = Slot(window[:length], place, self._head)
+        self._slots.append(slot)
+        self.window = self._room(self.message)
+        return slot
+
+    def store(self, data: bytes | bytearray | memoryview) -> Slot | None:
+        """Copy a payload in; None when there is no room."""
+        window = self._room(len(data))
+        if window is None:
+            return None
+        window[:] = data
+        return self._take(window, len(data))
+
+    def release(self, slot: Slot) -> None:
+        slot.request = None
+        if not slot.end:
+            self.overflow -= len(slot.data)
+            return
+        slot.free = True
+        self._advance()
+
+    def unpin(self, slots: list[Slot]) -> None:
+        """Nothing of the closed connection goes on any more."""
+        for slot in slots:
+            slot.pinned = False
+        self._advance()
+
+    def _advance(self) -> None:
+        slots = self._slots
+        while slots and slots[0].free and not slots[0].pinned:
+            self._tail = slots.popleft().end
+        if not slots:
+            # Empty: start over at the front, so that a quiet disk touches few pages.
+            self._head = self._tail = 0
+            self.window = self._memory[: self.message]
+
+    def oldest(self) -> Slot | None:
+        """What holds back the tail."""
+        return self._slots[0] if self._slots else None
+
+    def evict(self, slot: Slot) -> Slot:
+        """Move a payload out, to ordinary memory; returns its new slot."""
+        outside = Slot(bytearray(slot.data), 0, 0)
+        outside.request = slot.request
+        self.overflow += len(slot.data)
+        self.release(slot)
+        return outside
+
+    def adopt(self, place: int, length: int) -> memoryview:
+        """A payload that an earlier worker left at `place` (see WriteLog.recover)."""
+        return self._memory[place : place + length]
+
+    def restore(self, slots: list[Slot]) -> None:
+        """Take over the slots that an earlier worker had in use."""
+        self._slots = deque(sorted(slots, key=lambda slot: slot.end))
+        if self._slots:
+            first = self._slots[0]
+            self._head = self._slots[-1].end
+            self._tail = first.end - -(-len(first.data) // PAGE) * PAGE
+            self.window = self._room(self.message)

@@ -1,0 +1,80 @@
+"""Attempts whose fate is unknown (promise 4): no newer write goes to such a range.
+
+An attempt was sent on a connection that is gone. It is settled when a fence succeeded after
+that, or settle seconds later, or, still in the backend's hands, when it is answered (that case
+never comes here: the engine keeps such a request in flight). The request itself may be sent
+again at once, for it carries the same bytes; an older one may, for the newer follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from healfs.core.order import unblocked, wait
+from healfs.core.overlap import Overlap
+from healfs.core.request import Request
+from healfs.core.writelog import Attempt, WriteLog
+
+
+class Unsettled:
+    def __init__(self, log: WriteLog) -> None:
+        self._log = log
+        self._ranges = Overlap()
+        self._attempts: dict[int, Attempt] = {}  # by the request's order; the oldest loss first
+
+    def __len__(self) -> int:
+        return len(self._attempts)
+
+    def __iter__(self) -> Iterator[Attempt]:
+        return iter(self._attempts.values())
+
+    def add(self, order: int, start: int, end: int, until: float) -> None:
+        """The connection is closed, or about to be; one entry a request, of its last attempt."""
+        old = self._attempts.pop(order, None)
+        if old is not None:
+            start, end = min(start, old.start), max(end, old.end)
+            self._ranges.remove(old)
+            self._log.forget(old)
+        attempt = Attempt(start, end, order, until)
+        if old is not None:
+            attempt.waiters = old.waiters
+        self.restore(attempt)
+        self._log.note(attempt)
+
+    def restore(self, attempt: Attempt) -> None:
+        """One that an earlier worker has noted."""
+        self._attempts[attempt.order] = attempt
+        self._ranges.add(attempt)
+
+    def holds_back(self, start: int, end: int, order: int) -> list[Attempt]:
+        """The attempts that a write of `order` to this range has to wait for."""
+        found = self._ranges.find(start, end)
+        return [a for a in found if isinstance(a, Attempt) and a.order < order]
+
+    def block(self, request: Request) -> bool:
+        """Make a request wait for what holds it back; whether anything does."""
+        found = self.holds_back(request.start, request.end, request.order)
+        for attempt in found:
+            wait(request, attempt)
+        return bool(found)
+
+    def next_time(self) -> float | None:
+        return min((a.until for a in self._attempts.values()), default=None)
+
+    def settle(self, now: float) -> list[Request]:
+        """Settle those whose time is over; returns the requests that wait for nothing more."""
+        over = [a for a in self._attempts.values() if a.until <= now]
+        return self._settle(over)
+
+    def settle_all(self, attempts: list[Attempt]) -> list[Request]:
+        """The fence that was begun when these were all has succeeded."""
+        return self._settle([a for a in attempts if self._attempts.get(a.order) is a])
+
+    def _settle(self, attempts: list[Attempt]) -> list[Request]:
+        free: list[Request] = []
+        for attempt in attempts:
+            del self._attempts[attempt.order]
+            self._ranges.remove(attempt)
+            self._log.forget(attempt)
+            free += unblocked(attempt.waiters)
+        return free

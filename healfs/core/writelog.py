@@ -1,0 +1,353 @@
+"""The write log: each write from before it is sent until a flush covers it.
+
+It lives in memory that outlives the worker (a memfd of the keeper's): a page of header with the
+engine's saved state, a table of fixed records, and the payload ring. A record is written whole
+before its state word, and its state word is cleared before it is used again, so a worker that is
+killed between two stores leaves a record that is either whole or free.
+
+The trim rule (promise 5): a flush that succeeds removes exactly the entries that the backend
+completed before that flush was sent on the same connection. `mark` is taken when the flush is
+sent, `trim(mark)` when it has succeeded; `lost` makes all entries wait for a replay.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from healfs.core.request import Done, Kind, Request
+from healfs.core.ring import PAGE, PayloadRing, Slot
+
+FREE, SENT, COMPLETED, UNSETTLED = 0, 1, 2, 3
+# state, kind, flags, -, order, tag, offset, length, place in the ring, end in the ring, until
+RECORD = struct.Struct("<IBBHQQQQQQd")
+STATE = struct.Struct("<I")
+FUA, MAY_UNMAP = 1, 2
+NOWHERE = (1 << 64) - 1  # a place: there is no payload
+HEADER = 16384  # magic, and two copies of the saved state
+MAGIC = b"healfs write log 1\n"
+STATE_COPIES = (4096, 8192 + 2048)  # each: sequence, length, CRC, JSON
+STATE_HEAD = struct.Struct("<QII")
+RESERVED = 512  # records for unsettled attempts: one a request in flight
+
+
+@dataclass(slots=True)
+class Attempt:
+    """An attempt of unknown fate: sent on a connection that is gone. See core/unsettled.py."""
+
+    start: int
+    end: int
+    order: int  # of the request
+    until: float
+    record: int = -1
+    waiters: list[Request] | None = None
+
+
+def memory_size(payload: int, entries: int) -> int:
+    """Bytes of memory for a log of so many payload bytes and entries."""
+    return HEADER + -(-entries * RECORD.size // PAGE) * PAGE + payload
+
+
+class WriteLog:
+    """`memory` is all zeroes (a new log) or what an earlier worker left (then call recover).
+
+    `entries` is the number of records; RESERVED of them are for unsettled attempts.
+    """
+
+    def __init__(self, memory: memoryview, entries: int, message: int) -> None:
+        if entries < 2 * RESERVED:
+            raise ValueError(f"the log needs at least {2 * RESERVED} entries")
+        self.limit = entries - RESERVED
+        table = -(-entries * RECORD.size // PAGE) * PAGE
+        self._header = memory[:HEADER]
+        self._table = memory[HEADER : HEADER + table]
+        self.ring = PayloadRing(memory[HEADER + table :], message)
+        self._free = list(range(entries - 1, -1, -1))
+        self._entries: dict[int, Request] = {}  # by order
+        self._completed: deque[Request] = deque()  # on this connection, in that order
+        self._held: dict[int, Request] = {}  # stable, but needed to hide an older entry
+        self._count = 0  # completions; an entry's `completed` is this, from 1
+        self._sequence = 0
+        self.keep = True  # False: the backend has no volatile cache, answered is stable
+        self._header[: len(MAGIC)] = MAGIC
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def half_full(self) -> bool:
+        return (
+            len(self._completed) * 2 >= self.limit or self.ring.used * 2 >= self.ring.size
+        ) and bool(self._completed)
+
+    def as_dict(self) -> dict[str, object]:
+        """For status."""
+        return {
+            "enabled": self.keep,
+            "requests": len(self._entries),
+            "bytes": self.ring.used,
+            "limit_requests": self.limit,
+            "limit_bytes": self.ring.size,
+        }
+
+    # --- entries ----------------------------------------------------------------------------
+
+    def enter(self, request: Request) -> bool:
+        """Before it is sent for the first time. False: there is no room, it has to wait."""
+        if len(self._free) <= RESERVED:
+            return False
+        slot = request.owner
+        if slot is not None and not slot.end and not self._take_in(request, slot):
+            return False
+        index = request.record = self._free.pop()
+        self._entries[request.order] = request
+        self._write(index, SENT, request)
+        return True
+
+    def _take_in(self, request: Request, slot: Slot) -> bool:
+        """Copy a payload from ordinary memory into the ring."""
+        while (inside := self.ring.store(slot.data)) is None:
+            if not self._make_room():
+                return False
+        inside.request = request
+        request.owner, request.data = inside, inside.data
+        self.ring.release(slot)
+        return True
+
+    def _make_room(self) -> bool:
+        """What holds back the ring's tail and is not in the log yet goes out."""
+        oldest = self.ring.oldest()
+        if oldest is None or oldest.request is None:
+            return False
+        request = oldest.request
+        assert isinstance(request, Request)
+        if request.record >= 0:
+            return False  # only a flush makes room
+        outside = self.ring.evict(oldest)
+        request.owner, request.data = outside, outside.data
+        return True
+
+    def _write(self, index: int, state: int, request: Request) -> None:
+        slot = request.owner
+        flags = (FUA if request.fua else 0) | (MAY_UNMAP if request.may_unmap else 0)
+        at = index * 64
+        RECORD.pack_into(
+            self._table,
+            at,
+            FREE,
+            request.kind,
+            flags,
+            0,
+            request.order,
+            request.tag,
+            request.offset,
+            request.length,
+            NOWHERE if slot is None else slot.place,
+            0 if slot is None else slot.end,
+            0.0,
+        )
+        STATE.pack_into(self._table, at, state)
+
+    def complete(self, request: Request) -> None:
+        """The backend has done it: it stays until a flush covers it."""
+        self._count += 1
+        request.completed = self._count
+        if not self.keep:
+            self.leave(request)
+            return
+        STATE.pack_into(self._table, request.record * 64, COMPLETED)
+        self._completed.append(request)
+
+    def leave(self, request: Request) -> None:
+        """It is on stable storage, or was answered with an error: the log keeps it no more."""
+        if request.record >= 0:
+            STATE.pack_into(self._table, request.record * 64, FREE)
+            self._free.append(request.record)
+            request.record = -1
+            del self._entries[request.order]
+        self.release(request)
+
+    def release(self, request: Request) -> None:
+        """Nobody needs the payload any more."""
+        slot = request.owner
+        if slot is not None:
+            request.data = request.owner = None
+            self.ring.release(slot)
+
+    # --- flushes ----------------------------------------------------------------------------
+
+    def mark(self) -> int:
+        """What a flush sent now will cover."""
+        return self._count
+
+    def trim(self, mark: int, hold: Callable[[Request], bool] | None = None) -> None:
+        """A flush with this mark has succeeded, on the connection it was sent on.
+
+        `hold` tells which entries stay for now although they are stable.
+        """
+        completed = self._completed
+        while completed and completed[0].completed <= mark:
+            self._stable(completed.popleft(), hold)
+
+    def _stable(self, request: Request, hold: Callable[[Request], bool] | None) -> None:
+        if hold is not None and hold(request):
+            self._held[request.order] = request
+        elif request.record >= 0:
+            self.leave(request)
+
+    def free_held(self) -> None:
+        """Nothing needs to be held any more."""
+        held, self._held = self._held, {}
+        for request in held.values():
+            if request.record >= 0:
+                self.leave(request)
+
+    def lost(self) -> None:
+        """The backend may have lost all that is not flushed: no running flush covers any of it."""
+        self._completed.clear()
+
+    def has_unflushed(self) -> bool:
+        return any(request.completed for request in self._entries.values())
+
+    def unflushed(self) -> list[Request]:
+        """The completed entries, oldest first."""
+        return [r for _, r in sorted(self._entries.items()) if r.completed]
+
+    def replayed(
+        self, entries: Iterable[Request], hold: Callable[[Request], bool] | None = None
+    ) -> None:
+        """These were written again and flushed."""
+        for request in entries:
+            self._held.pop(request.order, None)
+            self._stable(request, hold)
+
+    # --- unsettled attempts -----------------------------------------------------------------
+
+    def note(self, attempt: Attempt) -> None:
+        """Remember an attempt across the worker's death, as far as there are records."""
+        if not self._free:
+            return
+        index = attempt.record = self._free.pop()
+        at = index * 64
+        length = attempt.end - attempt.start
+        RECORD.pack_into(
+            self._table,
+            at,
+            *(FREE, Kind.WRITE, 0, 0, attempt.order, 0, attempt.start, length, NOWHERE, 0),
+            attempt.until,
+        )
+        STATE.pack_into(self._table, at, UNSETTLED)
+
+    def forget(self, attempt: Attempt) -> None:
+        if attempt.record >= 0:
+            STATE.pack_into(self._table, attempt.record * 64, FREE)
+            self._free.append(attempt.record)
+            attempt.record = -1
+
+    # --- the take-over ----------------------------------------------------------------------
+
+    def recover(self, on_answer: Done) -> tuple[list[Request], list[Attempt]]:
+        """What an earlier worker left: its entries, oldest first, and its unsettled attempts.
+
+        A completed entry's request.completed is 1, an unanswered one's 0.
+        """
+        found: list[Request] = []
+        attempts: list[Attempt] = []
+        self._free = []
+        for index in range(self.limit + RESERVED):
+            fields = RECORD.unpack_from(self._table, index * RECORD.size)
+            state, kind, flags, _, order, tag, offset, length, place, end, until = fields
+            if state == UNSETTLED:
+                attempts.append(Attempt(offset, offset + length, order, until, index))
+            elif state in (SENT, COMPLETED):
+                request = Request(
+                    Kind(kind),
+                    offset,
+                    length,
+                    on_answer,
+                    fua=bool(flags & FUA),
+                    may_unmap=bool(flags & MAY_UNMAP),
+                    tag=tag,
+                )
+                request.order, request.record = order, index
+                request.completed = int(state == COMPLETED)
+                if place != NOWHERE:
+                    slot = Slot(self.ring.adopt(place, length), place, end)
+                    slot.request = request
+                    request.owner, request.data = slot, slot.data
+                found.append(request)
+            else:
+                self._free.append(index)
+        self._free.reverse()
+        found.sort(key=lambda request: request.order)
+        self._entries = {request.order: request for request in found}
+        self.ring.restore([r.owner for r in found if r.owner is not None])
+        return found, attempts
+
+    def replace(self, entry: Request, request: Request) -> None:
+        """The request that came again takes the place, order and bytes of its first time."""
+        request.order, request.record = entry.order, entry.record
+        request.owner, request.data = entry.owner, entry.data
+        if request.owner is not None:
+            request.owner.request = request
+        self._entries[request.order] = request
+
+    def save(self, state: dict[str, object]) -> None:
+        """Keep the engine's state, whole or not at all: two copies, written in turn."""
+        data = json.dumps(state).encode()
+        self._sequence += 1
+        at = STATE_COPIES[self._sequence % 2]
+        head = STATE_HEAD.pack(self._sequence, len(data), zlib.crc32(data))
+        if at + len(head) + len(data) > (HEADER if self._sequence % 2 else STATE_COPIES[1]):
+            raise ValueError(f"the engine's state is too large to be saved: {len(data)} bytes")
+        self._header[at : at + STATE_HEAD.size] = bytes(STATE_HEAD.size)
+        self._header[at + STATE_HEAD.size : at + STATE_HEAD.size + len(data)] = data
+        self._header[at : at + STATE_HEAD.size] = head
+
+    def saved(self) -> dict[str, object] | None:
+        """The newest whole copy of what was saved; None for a new log."""
+        best: tuple[int, bytes] | None = None
+        for at in STATE_COPIES:
+            sequence, length, checksum = STATE_HEAD.unpack_from(self._header, at)
+            data = bytes(self._header[at + STATE_HEAD.size :][:length])
+            if sequence and zlib.crc32(data) == checksum and (not best or sequence > best[0]):
+                best = (sequence, data)
+        if best is None:
+            return None
+        self._sequence = best[0]
+        state = json.loads(best[1])
+        assert isinstance(state, dict)
+        return state
+
+
+def visible(entries: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
+    """The newest bytes of each place: pieces (entry, start, end) that do not overlap.
+
+    `entries` come oldest first; so do the pieces. A replay writes these only: an older write
+    must not be put over a newer one that is stable already.
+    """
+    starts: list[int] = []  # disjoint covered ranges, sorted
+    ends: list[int] = []
+    pieces: list[tuple[Request, int, int]] = []
+    for request in reversed(list(entries)):
+        start, end = request.offset, request.offset + request.length
+        first = bisect_left(ends, start)  # ranges that touch [start, end]
+        last = bisect_right(starts, end)
+        at, mine = start, []
+        for i in range(first, last):
+            if at < starts[i]:
+                mine.append((request, at, starts[i]))
+            at = max(at, ends[i])
+        if at < end:
+            mine.append((request, at, end))
+        pieces += reversed(mine)
+        if first < last:
+            start, end = min(start, starts[first]), max(end, ends[last - 1])
+        starts[first:last] = [start]
+        ends[first:last] = [end]
+    return reversed(pieces)
