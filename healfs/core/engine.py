@@ -118,7 +118,9 @@ class Engine:
         self._replaying = False  # begun, or waiting for what is in flight
         self._replay_at: float | None = None  # try again to write what is suspect
         self._replay_pause = 0.0
-        self._own_flush: Request | None = None
+        self._flush: Request | None = None  # the one flush in flight: the engine's own
+        self._flush_waits: dict[int, Request] = {}  # the guest's, for the next flush
+        self._flush_covers: dict[int, Request] = {}  # the guest's, answered with the one in flight
         self._pinned: list[Slot] = []  # payloads of attempts on the connection that was lost
         self._accept = False  # the operator accepts another disk
         self._recovered: dict[int, Request] = {}  # an earlier worker's, by tag
@@ -197,8 +199,8 @@ class Engine:
             if self._replay.suspects.all and self._read_suspects(request):
                 return
         elif kind is FLUSH:
-            if not self._may_flush(request, now):
-                return
+            self._send_flush(request, now)
+            return
         else:
             if request.record < 0 and (self._no_room or not self.log.enter(request)):
                 request.phase = PARKED
@@ -216,18 +218,18 @@ class Engine:
             self._wake_at(now + self._silence)
         self.effects.send(request)
 
-    def _may_flush(self, request: Request, now: float) -> bool:
+    def _send_flush(self, request: Request, now: float) -> None:
         if not self.can_flush:
             # As QEMU's NBD client does; status says what such a flush is worth.
             self._answer(request, 0, None)
             self._retire(request)
-            return False
-        if self._replay.latched:
+        elif self._replay.latched:
             request.attempts += 1
             self._judge_failed(request, self._replay.errno or e.EIO, now)
-            return False
-        request.completed = self.log.mark()
-        return True
+        else:
+            request.phase = PARKED
+            self._flush_waits[request.order] = request
+            self._flush_log()
 
     def _read_suspects(self, request: Request) -> bool:
         """Serve a read from the log where the backend may not have the bytes; True: all of it."""
@@ -254,11 +256,21 @@ class Engine:
         self.effects.send(request)
 
     def _flush_log(self) -> None:
-        """The log is half full, or more: make room."""
-        if self._own_flush is None and self.state is State.READY and not self._replay.latched:
-            self._own_flush = Request(FLUSH, 0, 0, _nobody)
-            self._own_flush.completed = self.log.mark()
-            self._send_internal(self._own_flush, self.clock())
+        """Send a flush, for all guests that wait for one, or to make room in the log.
+
+        One at a time: of two that run side by side, the kernel tells only one of an error.
+        """
+        if self._flush is not None or self.state is not State.READY or self._replay.latched:
+            return
+        now = self.clock()
+        self._flush_covers, self._flush_waits = self._flush_waits, {}
+        for request in self._flush_covers.values():
+            request.phase = IN_FLIGHT
+            request.sent = now
+            request.attempts += 1
+        self._flush = Request(FLUSH, 0, 0, _nobody)
+        self._flush.completed = self.log.mark()
+        self._send_internal(self._flush, now)
 
     def _send_parked(self) -> None:
         if self.state is not State.READY:
@@ -278,6 +290,8 @@ class Engine:
         ):
             _, request = self._parked.popitem(last=False)
             self._send(request, now)
+        if self._flush_waits:
+            self._flush_log()
 
     def completed(self, request: Request, errno: int, data: object = None) -> None:
         """The backend's answer to a request that was sent on this connection."""
@@ -308,12 +322,9 @@ class Engine:
         if kind is READ:
             if self._overlays and (parts := self._overlays.pop(request.order, None)):
                 data = patch(data, request.offset, parts) if not errno else None
-        elif kind is FLUSH:
-            if not errno:
-                self.log.trim(request.completed, self._hold())
         elif not errno:
             self.log.complete(request)
-            if self._replay.suspects.all:
+            if self._replay.suspects.all and kind is not Kind.DISCARD:
                 self._cut_suspects(request)
             if self.log.half_full:
                 self._flush_log()
@@ -380,6 +391,7 @@ class Engine:
             self._parked.pop(request.order, None)
             self._retries.discard(request)
             self._no_room.pop(request.order, None)
+            self._flush_waits.pop(request.order, None)
         self._answer(request, errno, data)
         if parked:
             self._retire(request)
@@ -395,17 +407,28 @@ class Engine:
         return given_up
 
     def _unanswered(self) -> Iterator[Request]:
-        for group in (self._in_flight, self._parked, self._waiting, self._no_room):
+        for group in (
+            self._in_flight,
+            self._flush_covers,
+            self._parked,
+            self._waiting,
+            self._no_room,
+            self._flush_waits,
+        ):
             yield from (r for r in group.values() if not r.answered)
         yield from (r for r in self._retries if not r.answered)
 
     # --- errors and the policy --------------------------------------------------------------
 
-    def _flush_failed(self, errno: int) -> None:
+    def _flush_failed(self, errno: int, guests: Iterable[Request]) -> None:
         """Nothing that is not flushed is certain any more: a bare second fsync would lie."""
         self.log.lost()
         self._replay.wanted = True
         self._replay.errno = errno
+        now = self.clock()
+        for request in guests:
+            if not request.answered:
+                self._judge_failed(request, errno, now)
         if self.state is State.READY:
             self._begin_replay()
 
@@ -418,8 +441,6 @@ class Engine:
                 self._in_flight[request.order] = request  # parked with all the others
                 self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
             case ErrorClass.FAILED:
-                if request.kind is FLUSH:
-                    self._flush_failed(errno)
                 self._judge_failed(request, errno, self.clock())
 
     def _judge_failed(self, request: Request, errno: int, now: float) -> None:
@@ -550,6 +571,7 @@ class Engine:
         self.paused_by = ""
         self._draining = False
         self.effects.event("RESUME", {})
+        self._wake_at(now)  # for what was not looked at while paused
         self._save()
         if self._mismatch:
             self._move(State.MISMATCH, self._mismatch)
@@ -694,7 +716,7 @@ class Engine:
         )
         self._begin_outage(now, errno, reason, now)
         self._stop_replay()
-        self._own_flush = None
+        self._flush = None
         self._overlays.clear()
         self.log.lost()
         self._replay.wanted = True
@@ -715,8 +737,9 @@ class Engine:
             else:
                 again.append(request)
         again += self._retries.take_all(now)
-        again += self._no_room.values()
-        self._no_room.clear()
+        for group in (self._no_room, self._flush_covers, self._flush_waits):
+            again += [request for request in group.values() if not request.answered]
+            group.clear()
         self._park_again(again)
         self._outage.waited += len(again)
         self.totals.retries += len(again)
@@ -803,7 +826,7 @@ class Engine:
             return
         if self.state is State.STALLED:
             self._move(State.REPLAYING if self._replaying else State.READY, "")
-        if not request.internal and self.state is State.READY:
+        if self.state is State.READY and (not request.internal or request.kind is FLUSH):
             self._end_outage(self.clock())
 
     def _end_outage(self, now: float) -> None:
@@ -836,6 +859,8 @@ class Engine:
         if not replay.running:
             if self._in_flight:
                 return  # it wants the disk for itself
+            if replay.wanted:
+                self.log.lost()  # what completed since is part of it, and may be refused
             replay.begin(self.log.unflushed())
         while len(self._in_flight) < self.limits.in_flight:
             piece = replay.next(self.align, self._unsettled, _nobody)
@@ -844,9 +869,9 @@ class Engine:
             self._send_internal(piece, now)
         if replay.done and not replay.flushing:
             replay.flushing = True
-            self._own_flush = Request(FLUSH, 0, 0, _nobody)
-            self._own_flush.completed = self.log.mark()
-            self._send_internal(self._own_flush, now)
+            self._flush = Request(FLUSH, 0, 0, _nobody)
+            self._flush.completed = self.log.mark()
+            self._send_internal(self._flush, now)
 
     def _internal_completed(self, request: Request, errno: int) -> None:
         request.phase = DONE
@@ -854,19 +879,28 @@ class Engine:
             self._in_flight[request.order] = request
             self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
         elif request.kind is FLUSH:
-            own, self._own_flush = self._own_flush, None
-            if own is not request:
-                return  # of a replay that was stopped
-            if self._replaying and self._replay.flushing:
-                self._replay_flushed(request, errno)
-            elif errno:
-                self._flush_failed(errno)
-            else:
-                self.log.trim(request.completed, self._hold())
+            self._flushed(request, errno)
         elif errno:
             self._replay.refused(request, errno)
         else:
             self._replay.written(request)
+
+    def _flushed(self, flush: Request, errno: int) -> None:
+        self._flush = None
+        guests, self._flush_covers = self._flush_covers, {}
+        if self._replaying and self._replay.flushing:
+            self._replay_flushed(flush, errno)
+        elif errno:
+            waiting, self._flush_waits = self._flush_waits, {}
+            self._flush_failed(errno, [*guests.values(), *waiting.values()])
+        else:
+            self.log.trim(flush.completed, self._hold())
+            for request in guests.values():
+                if not request.answered:
+                    self._answer(request, 0, None)
+                request.phase = DONE
+            if self._flush_waits:
+                self._flush_log()
 
     def _replay_flushed(self, request: Request, errno: int) -> None:
         now = self.clock()
@@ -1016,15 +1050,18 @@ class Engine:
             reason = f"no answer for {self.slow_after:g} s"
             self._begin_outage(now, e.ETIMEDOUT, reason, oldest.sent)
             self._probe_at = now + self._longest_pause()
-        elif self.state is State.STALLED and now >= self._probe_at and self._parked:
+        elif (
+            self.state is State.STALLED
+            and now >= self._probe_at
+            and self._parked
+            and not self._replaying  # nothing may overtake the replay
+        ):
             # What hangs may be one request only: one new request at a time finds out.
             self._probe_at = now + self._longest_pause()
             if len(self._in_flight) < self.limits.in_flight:
                 self._send(self._parked.popitem(last=False)[1], now)
-        for request in list(self._in_flight.values()):
-            if now - request.sent < self._silence:
-                break
-            if not request.answered:
+        for request in [*self._flush_covers.values(), *self._in_flight.values()]:
+            if now - request.sent >= self._silence and not request.answered:
                 self._judge_hanging(request, now)
 
     def _judge_hanging(self, request: Request, now: float) -> None:
@@ -1061,9 +1098,9 @@ class Engine:
         if self._in_flight and self.link_up:
             oldest = next(iter(self._in_flight.values()))
             times += [oldest.sent + t for t in timeouts if oldest.sent + t > now]
-            if self._outage.since is None:
+            if self.state in (State.READY, State.REPLAYING):
                 times.append(max(self._last_answer, oldest.sent) + self._silence)
-            else:
+            elif self.state is State.STALLED:
                 if self._probe_at <= now:
                     self._probe_at = now + self._longest_pause()
                 times.append(self._probe_at)
@@ -1109,11 +1146,13 @@ class Engine:
         """For `healfs status`: times in seconds."""
         now = self.clock()
         in_flight = sum(not r.answered for r in self._in_flight.values())
+        in_flight += len(self._flush_covers)
         unsettled = len(self._unsettled) + sum(  # and what was given up in a hang
             r.answered and not r.internal for r in self._in_flight.values()
         )
         parked = sum(not r.answered for r in self._waiting.values())
-        parked += len(self._parked) + len(self._retries) + len(self._no_room)
+        parked += len(self._parked) + len(self._retries)
+        parked += len(self._no_room) + len(self._flush_waits)
         return {
             "state": str(self.state),
             "state_seconds": round(now - self.since, 3),

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from healfs.core.overlap import Overlap
-from healfs.core.request import Done, Request
+from healfs.core.request import Done, Kind, Request
 from healfs.core.unsettled import Unsettled
 from healfs.core.writelog import visible
 
@@ -166,6 +166,8 @@ class Replay:
     def refused(self, piece: Request, errno: int) -> None:
         self._in_flight.remove(piece)
         assert piece.origin is not None
+        if piece.kind is Kind.DISCARD:
+            return  # a hint that was not taken: nothing to make good
         self.suspects.add(Piece(piece.origin, piece.offset, piece.offset + piece.length))
         self.errno = errno
 
@@ -182,7 +184,7 @@ class Replay:
         self.running = self.flushing = False
         self.errno = errno
         self.suspects = Suspects()
-        for entry, start, end in visible(unflushed):
+        for entry, start, end in visible(e for e in unflushed if e.kind is not Kind.DISCARD):
             self.suspects.add(Piece(entry, start, end))
 
 

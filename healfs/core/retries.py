@@ -30,7 +30,9 @@ class Retries:
 
     def add(self, request: Request, policy: DirectionPolicy, now: float) -> float:
         """Schedule the next try; returns when."""
-        pause = min(policy.retry_interval, FIRST_PAUSE * (1 << min(request.attempts - 1, 30)))
+        pause = min(
+            policy.retry_interval, FIRST_PAUSE * (1 << min(max(request.attempts - 1, 0), 30))
+        )
         pause *= self._rng.uniform(0.75, 1.0)
         when = self._last = max(now + pause, self._last + self._gap)
         if policy.error is Action.RETRY and policy.retry_timeout:

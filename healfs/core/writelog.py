@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from healfs.core.overlap import Overlap
 from healfs.core.request import Done, Kind, Request
 from healfs.core.ring import PAGE, PayloadRing, Slot
 
@@ -70,6 +71,7 @@ class WriteLog:
         self._free = list(range(entries - 1, -1, -1))
         self._entries: dict[int, Request] = {}  # by order
         self._completed: deque[Request] = deque()  # on this connection, in that order
+        self._held_ranges = Overlap()
         self._held: dict[int, Request] = {}  # stable, but needed to hide an older entry
         self._count = 0  # completions; an entry's `completed` is this, from 1
         self._sequence = 0
@@ -195,14 +197,22 @@ class WriteLog:
             self._stable(completed.popleft(), hold)
 
     def _stable(self, request: Request, hold: Callable[[Request], bool] | None) -> None:
-        if hold is not None and hold(request):
+        if hold is not None and (hold(request) or self._hides_held(request)):
             self._held[request.order] = request
+            self._held_ranges.add(request)
         elif request.record >= 0:
             self.leave(request)
 
+    def _hides_held(self, request: Request) -> bool:
+        for older in self._held_ranges.find(request.start, request.end):
+            assert isinstance(older, Request)
+            if older.order < request.order:
+                return True
+        return False
+
     def free_held(self) -> None:
         """Nothing needs to be held any more."""
-        held, self._held = self._held, {}
+        held, self._held, self._held_ranges = self._held, {}, Overlap()
         for request in held.values():
             if request.record >= 0:
                 self.leave(request)
@@ -223,7 +233,8 @@ class WriteLog:
     ) -> None:
         """These were written again and flushed."""
         for request in entries:
-            self._held.pop(request.order, None)
+            if self._held.pop(request.order, None) is not None:
+                self._held_ranges.remove(request)
             self._stable(request, hold)
 
     # --- unsettled attempts -----------------------------------------------------------------
@@ -329,7 +340,8 @@ def visible(entries: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
     """The newest bytes of each place: pieces (entry, start, end) that do not overlap.
 
     `entries` come oldest first; so do the pieces. A replay writes these only: an older write
-    must not be put over a newer one that is stable already.
+    must not be put over a newer one that is stable already. (Below a DISCARD they may: then the
+    pieces overlap, and their order counts.)
     """
     starts: list[int] = []  # disjoint covered ranges, sorted
     ends: list[int] = []
@@ -346,6 +358,8 @@ def visible(entries: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
         if at < end:
             mine.append((request, at, end))
         pieces += reversed(mine)
+        if request.kind is Kind.DISCARD:
+            continue  # a hint: the backend may keep the older bytes, so these must be right
         if first < last:
             start, end = min(start, starts[first]), max(end, ends[last - 1])
         starts[first:last] = [start]

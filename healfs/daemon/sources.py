@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 from healfs.backends.base import Backend, Geometry, SourceError
 from healfs.config import MountConfig, format_size
+from healfs.daemon.export_lock import locked_export
 from healfs.device import scsi, virtio_blk
 
 DEVICES: dict[str, ModuleType] = {"virtio-blk": virtio_blk, "scsi": scsi}
@@ -26,6 +28,13 @@ def backend_for(config: MountConfig) -> Backend:
     from healfs.backends.align import AlignedBackend
 
     return AlignedBackend(backend)
+
+
+def exclusive(config: MountConfig) -> AbstractContextManager[None]:
+    """Nobody else on this host uses the source meanwhile. Entering raises SourceError."""
+    if config.source.partition("://")[0] in ("nbd", "nbd+unix"):
+        return locked_export(config.source, read_only=config.read_only)
+    return nullcontext()  # the file backend locks what it opens
 
 
 def _plain_backend(config: MountConfig) -> Backend:

@@ -7,6 +7,7 @@ memory (the memfd of the write log).
 
 from __future__ import annotations
 
+import contextlib
 import errno as e
 import json
 import logging
@@ -478,13 +479,15 @@ async def _main(fds: dict[str, int]) -> int:
     parent = Parent(fds["keeper"])
     _set_up_log(str(parent.greeting["log"]))
     config = MountConfig.from_json(parent.greeting["config"])
-    try:
-        worker = Worker(config, parent, fds["ready"], fds["listener"], fds["memory"])
-    except SourceError as exc:
-        report = {"event": "error", "message": str(exc), "status": 2}
-        os.write(fds["ready"], json.dumps(report).encode() + b"\n")
-        return 2
-    return await worker.run()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(sources.exclusive(config))
+            worker = Worker(config, parent, fds["ready"], fds["listener"], fds["memory"])
+        except SourceError as exc:
+            report = {"event": "error", "message": str(exc), "status": 2}
+            os.write(fds["ready"], json.dumps(report).encode() + b"\n")
+            return 2
+        return await worker.run()
 
 
 if __name__ == "__main__":

@@ -84,6 +84,9 @@ class Namespace(pyfuse3.Operations):
     ) -> pyfuse3.FileInfo:
         if self.read_only and flags & os.O_ACCMODE != os.O_RDONLY:
             raise pyfuse3.FUSEError(e.EROFS)
+        if flags & os.O_TRUNC:
+            # The kernel asks for no size 0 of its own (FUSE_ATOMIC_O_TRUNC): it would take it.
+            raise pyfuse3.FUSEError(e.EPERM)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(DISK), direct_io=True)
 
     async def opendir(

@@ -63,6 +63,7 @@ class Agent:
 
     @property
     def answered(self) -> bool:
+        assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], 0)[0])
 
     def answer(self, seconds: float = DEADLINE) -> Answer:
@@ -130,7 +131,8 @@ def _call(fds: dict[str, int], file: str, call: str, arguments: list[Any]) -> An
             os.close(fd)
             fds["disk"] = os.open(file, flags)
         case "namespace", [name, *rest]:
-            value = getattr(os, name)(*rest)
+            # JSON has no tuples.
+            value = getattr(os, name)(*(tuple(a) if isinstance(a, list) else a for a in rest))
             return list(value) if isinstance(value, tuple) else value
         case _:
             raise ValueError(call)

@@ -169,7 +169,7 @@ def test_a_store_that_answers_nothing_leaves_the_rest_answering(
         disk.until(lambda status: sum(status["requests"].values()) >= 900, 60)
         assert held_store.held()
         disk.state("stalled")
-        stat = ["stat", "-c", "%s", mount.file]
+        stat = ("stat", "-c", "%s", mount.file)
         done = subprocess.run(stat, capture_output=True, text=True, timeout=ANSWER)
         assert done.stdout.strip() == str(64 << 20)
         assert mount.status(timeout=ANSWER)["outages"]["count"] == 1

@@ -57,15 +57,15 @@ class Load:
 def _all_but_data_answers(mount: HealfsMount, *, chmod: bool) -> None:
     """Each in a process of its own, each within the deadline."""
     for command in (
-        ["stat", mount.file],
-        ["ls", "-l", mount.mountpoint],
-        ["df", mount.mountpoint],
-        *([["chmod", "640", mount.file], ["chown", "0:0", mount.file]] if chmod else []),
+        ("stat", mount.file),
+        ("ls", "-l", mount.mountpoint),
+        ("df", mount.mountpoint),
+        *((("chmod", "640", mount.file), ("chown", "0:0", mount.file)) if chmod else ()),
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER)
         assert done.returncode == 0, done.stderr
     listed = subprocess.run(
-        ["stat", "-c", "%a %s", mount.file], capture_output=True, text=True, timeout=ANSWER
+        ("stat", "-c", "%a %s", mount.file), capture_output=True, text=True, timeout=ANSWER
     )
     assert listed.stdout.split() == ["640", str(SIZE)]
     assert mount.status(timeout=ANSWER)["state"] == "stalled"
@@ -75,9 +75,7 @@ def _all_but_data_answers(mount: HealfsMount, *, chmod: bool) -> None:
 
 def _small_jobs(processes: int, depth: int) -> list[tuple[str, int, int, int]]:
     directions = ["randwrite", "randread"]
-    return [
-        (directions[number % 2], number * 8 * MIB, 4096, depth) for number in range(processes)
-    ]
+    return [(directions[number % 2], number * 8 * MIB, 4096, depth) for number in range(processes)]
 
 
 def _flush_last(disk: Control, mount: HealfsMount, agent: Opener, before: int) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from healfs.control.client import connect
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
 from tests.fuse.control import ANSWER, Control
-from healfs.control.client import connect
 
 BLOCK = b"x" * 4096
 GENEROUS = 30.0
@@ -159,9 +159,7 @@ def test_in_use_says_by_whom(commands: Commands, image: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_to_the_keeper_ends_it_orderly(
-    commands: Commands, image: Path, name: str
-) -> None:
+def test_a_signal_to_the_keeper_ends_it_orderly(commands: Commands, image: Path, name: str) -> None:
     _mounted(commands, image)
     os.kill(_pids(commands)["keeper"], signal.Signals[name])
     commands.nothing_left(GENEROUS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from healfs.core.request import Kind, Request
-from tests.sim.oracle import decode, encode, first_value
+from tests.sim.oracle import Violation, decode, encode, first_value
 from tests.sim.plan import ERRNOS, SECTOR, Plan, chance
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class Server:
         self._hands: list[Attempt] = []  # of the living connection, not replied
         self._ghosts: list[Attempt] = []
         self._tries: dict[tuple[int, int, int], int] = {}
+        self.untaken: set[int] = set()  # ids of requests that no socket ever took
         self._calm = False
         # Faults that are on, until a time or for a number of requests:
         self.away_until = 0.0
@@ -110,6 +111,7 @@ class Server:
         self.relapse_until = 0.0
         self.stubborn_until = 0.0
         self.fail_next = self.hang_next = self.delay_next = 0
+        self.fail_flushes = 0
         self.which_errno = 0
         self.bad_sectors: set[int] = set()
         self._dies_after = 0
@@ -140,15 +142,15 @@ class Server:
 
     def _abandon(self, attempt: Attempt) -> None:
         luck = attempt.luck * 8 % 1
-        if attempt.request.kind is Kind.FLUSH or luck < 0.4:
+        if attempt.request.kind is Kind.FLUSH or luck < 0.3:
             return
-        if luck < 0.7 or not self.options.late:
+        if luck < 0.5 or not self.options.late:
             self._apply(attempt, torn=self.options.torn)
         else:
             # The bytes left long ago; somebody between holds them back.
             attempt.data = bytearray(attempt.request.data or b"")
             self._ghosts.append(attempt)
-            delay = (luck - 0.7) / 0.3 * self.plan.settle * 0.999
+            delay = (luck - 0.5) / 0.5 * self.plan.settle * 0.999
             self.world.later(delay, self._haunt, attempt)
 
     def _haunt(self, attempt: Attempt) -> None:
@@ -164,10 +166,12 @@ class Server:
     # --- requests --------------------------------------------------------------------------
 
     def receive(self, request: Request) -> None:
+        self.untaken.discard(id(request))
         if not self.session:
+            self.untaken.add(id(request))
             return  # into a connection that is dead and not yet known to be
         seed, kind = self.plan.seed, int(request.kind)
-        key = (kind, request.offset, request.data[0] if request.data else 0)
+        key = (kind, request.offset, request.tag)
         tries = self._tries[key] = self._tries.get(key, 0) + 1
         attempt = Attempt(request, self.session, chance(seed, *key, tries))
         self._hands.append(attempt)
@@ -215,6 +219,9 @@ class Server:
             attempt.errno = e.ENOSPC
         elif writes and now < self.stubborn_until:
             attempt.errno = e.EIO
+        elif kind is Kind.FLUSH and self.fail_flushes:
+            self.fail_flushes -= 1
+            attempt.errno = e.EIO
         elif self.fail_next:
             self.fail_next -= 1
             attempt.errno = ERRNOS[(self.which_errno + self.fail_next) % len(ERRNOS)]
@@ -252,7 +259,8 @@ class Server:
             return
         if request.kind is Kind.WRITE:
             source = request.data if attempt.data is None else attempt.data
-            assert source is not None
+            if source is None:
+                raise Violation("garbage", f"{request}: its payload was let go in flight")
             values = decode(source)
         else:
             values = [0] * (request.length // SECTOR)
@@ -292,7 +300,8 @@ class Server:
         self._calm = True
         self.away_until = self.other_until = self.frozen_until = self.full_until = 0.0
         self.relapse_until = self.stubborn_until = 0.0
-        self.fail_next = self.hang_next = self.delay_next = self._dies_after = 0
+        self.fail_next = self.fail_flushes = self.hang_next = self.delay_next = 0
+        self._dies_after = 0
         self.bad_sectors.clear()
 
 

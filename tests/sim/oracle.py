@@ -18,6 +18,7 @@ from tests.sim.plan import SECTOR, Op
 
 POISON = (1 << 63) | 0xDEAD
 _FIRST = 1 << 62  # the sectors' first values: _FIRST + sector
+_AGAIN = 1 << 61
 _WORD = struct.Struct("<Q")
 
 
@@ -33,9 +34,12 @@ def first_value(sector: int) -> int:
     return _FIRST + sector
 
 
-def value_of(op: Op, index: int) -> int:
-    """What a write puts into its sector number `index`: no two writes share a value."""
-    return 0 if op.kind is not Kind.WRITE else op.id << 8 | index
+def value_of(op: Op, index: int, *, again: bool = False) -> int:
+    """What a write puts into its sector number `index`: no two writes share a value.
+
+    `again`: the caller changed its pages before the kernel sent the request once more.
+    """
+    return 0 if op.kind is not Kind.WRITE else (_AGAIN if again else 0) | op.id << 8 | index
 
 
 def encode(values: list[int]) -> bytearray:
@@ -132,7 +136,7 @@ class Oracle:
             return zeroed[-1] if zeroed else -1
         if value == first_value(sector):
             return 0
-        op = self._ops.get(value >> 8)
+        op = self._ops.get((value & ~_AGAIN) >> 8)
         if op is None or op.kind is not Kind.WRITE or op.sector + (value & 255) != sector:
             raise Violation("garbage", f"sector {sector} holds {self.name(value)}")
         return self._order[op.id]
@@ -142,7 +146,9 @@ class Oracle:
             return "a payload that was released"
         if value >= _FIRST:
             return f"the first content of sector {value - _FIRST}"
-        return f"#{value >> 8}[{value & 255}]" if value else "zero"
+        changed = " changed" if value & _AGAIN else ""
+        value &= ~_AGAIN
+        return f"#{value >> 8}[{value & 255}]{changed}" if value else "zero"
 
     def _who(self, order: int) -> str:
         return next((str(self._ops[i]) for i, o in self._order.items() if o == order), "the first")

@@ -52,6 +52,7 @@ class Options:
     late: bool = False  # an abandoned write is applied within the settle time
     fence: bool = False  # a fence is asked for; it may fail
     reconnect: bool = False  # the operator gives up a connection
+    worker: bool = False  # the worker dies; its successor finds the memory
     refused_entry: bool = False  # a write is refused for a while after each connection
 
     def only(self, names: set[str]) -> Options:
@@ -70,6 +71,7 @@ WITH_LOG = replace(
     fence=True,
     reconnect=True,
     refused_entry=True,
+    worker=True,
 )
 
 
@@ -124,7 +126,6 @@ _MANNERS = {
     "inside",
     "cache_loss",
     "session_flush",
-    "flush_loses",
     "late",
     "fence",
 }

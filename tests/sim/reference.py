@@ -17,6 +17,7 @@ from healfs.core.errors import ErrorClass, classify
 from healfs.core.policy import Policy
 from healfs.core.request import Kind, Request
 from healfs.core.states import State
+from healfs.core.writelog import WriteLog
 
 PAUSE = 0.01
 CHANGES = (Kind.WRITE, Kind.WRITE_ZEROES, Kind.DISCARD)
@@ -28,11 +29,13 @@ class Reference:
         effects: Effects,
         policy: Policy,
         clock: Callable[[], float],
+        log: WriteLog,
         *,
         settle: float = 5.0,
         **_: Any,
     ) -> None:
         self.effects = effects
+        self.log = log  # only for the payloads
         self.clock = clock
         self.settle = settle
         self.state = State.READY
@@ -49,7 +52,7 @@ class Reference:
     def submit(self, request: Request) -> None:
         if request.end > self.size:
             request.on_answer(request, e.EINVAL, None)
-            self.effects.release(request)
+            self.log.release(request)
         else:
             self._queue.append(request)
             self._go()
@@ -70,13 +73,14 @@ class Reference:
             self._later(PAUSE)
         elif request is first and request.kind in CHANGES and not errno:
             self._flush = Request(Kind.FLUSH, 0, 0, lambda *_: None)
+            self._flush.internal = True
         else:
             self._flush = None
             self._queue.popleft()
             if not first.answered:
                 first.answered = True
                 first.on_answer(first, errno, data if first.kind is Kind.READ else None)
-            self.effects.release(first)
+            self.log.release(first)
         self._go()
 
     def cancel(self, request: Request, errno: int = e.EINTR) -> None:

@@ -6,7 +6,6 @@ A failure prints its seed, the rule that was broken and the shortest trace found
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Callable
@@ -117,7 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--with", dest="extra", default="", help="more options, by name: a,b")
     parser.add_argument("--keep-going", action="store_true")
     given = parser.parse_args(arguments)
-    logging.getLogger("healfs").setLevel(logging.CRITICAL)
     options = plans.WITH_LOG if given.log else plans.TODAY
     options = replace(options, **{name: True for name in given.extra.split(",") if name})
     first = given.seed or 0
@@ -130,9 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
         if failure is None:
             continue
         failed += 1
-        print(f"seed {seed}: {failure.text}")
+        print(f"seed {seed}: {failure.text.splitlines()[0]}")
         if not given.keep_going:
-            logging.getLogger("healfs").setLevel(logging.ERROR)
             short = failure if given.trace else shrink(failure)
             print("\n".join(short.trace()))
             break

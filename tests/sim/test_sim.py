@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import fields
 
 import pytest
@@ -22,16 +20,6 @@ FOUND_WITHIN = 200
 
 # Seeds that failed once, with what was on then: they stay.
 REGRESSIONS: tuple[tuple[int, Options], ...] = ((6, TODAY),)
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """A bug of the engine is a Violation here; its traceback would only fill the report."""
-    logger = logging.getLogger("healfs")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    yield
-    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("part", range(4))

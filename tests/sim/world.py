@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno as e
 import heapq
-import inspect
+import logging
 import random
 from collections import deque
 from collections.abc import Callable
@@ -13,12 +13,15 @@ from typing import Any
 from healfs.core.engine import Engine
 from healfs.core.policy import Action, DirectionPolicy, Policy
 from healfs.core.request import Kind, Request
+from healfs.core.ring import Slot
 from healfs.core.states import State
+from healfs.core.writelog import WriteLog, memory_size
 from tests.sim.disk import REFUSED, Server
 from tests.sim.oracle import POISON, Oracle, Violation, decode, encode, value_of
 from tests.sim.plan import SECTOR, Fault, Op, Plan
 
 HEALED_WITHIN = 60.0  # virtual seconds until every request must be answered
+RING = 256 << 10  # bytes of payloads: small, so that it is full now and then
 MAX_EVENTS = 400_000
 
 _POLICIES = (
@@ -29,6 +32,15 @@ _POLICIES = (
     Policy(DirectionPolicy(Action.IGNORE), DirectionPolicy(Action.RETRY, 1.0, 3.0, Action.IGNORE)),
     Policy(DirectionPolicy(), DirectionPolicy(Action.STOP)),
 )
+
+
+class _Bugs(logging.Handler):
+    """Takes what the engine logs of a bug of its own, in place of the terminal."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = self.format(record)
 
 
 class World:
@@ -46,17 +58,21 @@ class World:
         self.events = 0
         self.server = Server(plan, self)
         self.oracle = Oracle(plan.sectors, lambda sector: self.server.disk.stable[sector])
-        if "settle" in inspect.signature(engine.__init__).parameters:
-            more.setdefault("settle", plan.settle)
-        self.engine = engine(self, Policy(), lambda: self.now, rng=random.Random(plan.seed), **more)
-        parameters = inspect.signature(engine.connected).parameters
-        self._geometry: dict[str, Any] = (
-            {"volatile_cache": True} if "volatile_cache" in parameters else {}
-        )
+        self._make_engine = engine
+        more.setdefault("settle", plan.settle)
+        more.setdefault("fence", plan.options.fence and plan.seed % 2 == 0)
+        if "log" not in more:
+            self._memory = memoryview(bytearray(memory_size(RING, 1024)))
+            more["log"] = WriteLog(self._memory, 1024, RING // 4)
+        self._keywords = more
+        self.engine = self._new_engine()
+        self._geometry = {"volatile_cache": True}
         self._queues: dict[int, deque[Op]] = {}
         self._outstanding: dict[int, int] = {}
         self._requests: dict[int, Request] = {}
-        self._released: set[int] = set()
+        self._healed = False
+        self._ops: dict[int, Op] = {}
+        self._bugs = _Bugs(logging.ERROR)
         self._linked = False  # as the engine was told, and told us
         self._completing: Request | None = None
         self._refused: set[int] = set()
@@ -64,6 +80,19 @@ class World:
         # The policies since a request came: any may have decided what it is answered.
         self._may_fail = {"read": False, "write": False}
         self._may_ignore = {"read": False, "write": False}
+
+    def _new_engine(self) -> Engine:
+        self._released: dict[int, Slot] = {}
+        ring = self._keywords["log"].ring
+        self._ring_release = ring.release
+        ring.release = self._release
+        return self._make_engine(
+            self,
+            Policy(),
+            lambda: self.now,
+            rng=random.Random(self.plan.seed),
+            **self._keywords,
+        )
 
     # --- time ------------------------------------------------------------------------------
 
@@ -86,10 +115,17 @@ class World:
             for op in queue:
                 self.later(op.at, self._pump, client)
         self.engine.size = self.plan.sectors * SECTOR  # as mount --no-wait --size does
-        self.engine.start()
-        self._until(self._start + self.plan.end)
-        self._heal()
-        self._read_back()
+        logger = logging.getLogger("healfs.engine")
+        logger.addHandler(self._bugs)
+        logger.propagate = False
+        try:
+            self.engine.start()
+            self._until(self._start + self.plan.end)
+            self._heal()
+            self._read_back()
+        finally:
+            logger.propagate = True
+            logger.removeHandler(self._bugs)
 
     def _until(self, end: float, idle: Callable[[], bool] | None = None) -> None:
         heap = self._heap
@@ -100,7 +136,7 @@ class World:
             call(*arguments)
             self.events += 1
             if self.engine.state is State.FAULTED:
-                raise Violation("faulted", self.engine.reason)
+                raise Violation("faulted", self._bugs.text)
             if self.events > MAX_EVENTS:
                 raise Violation("busy", f"{MAX_EVENTS} events and no end")
         self.now = max(self.now, end) if idle is None else self.now
@@ -116,9 +152,18 @@ class World:
 
     def _submit(self, op: Op) -> None:
         self.say(f"guest {op.client}: {op}")
+        self._ops[op.id] = op
+        self._outstanding[op.client] += 1
+        self.oracle.submitted(op)
+        request = self._request(op)
+        self.engine.submit(request)
+        if op.cancel:
+            self.later(op.cancel, self._cancel, op)
+
+    def _request(self, op: Op, *, again: bool = False) -> Request:
         data = None
         if op.kind is Kind.WRITE:
-            data = encode([value_of(op, index) for index in range(op.count)])
+            data = encode([value_of(op, index, again=again) for index in range(op.count)])
         request = Request(
             op.kind,
             op.sector * SECTOR,
@@ -127,14 +172,15 @@ class World:
             data=data,
             fua=op.fua,
             may_unmap=op.kind is Kind.WRITE_ZEROES and op.id % 2 == 0,
-            owner=op,
+            tag=op.id,
         )
+        if data is not None:
+            slot = self.engine.log.ring.store(data)
+            if slot is None:  # as the channel does when the ring is full
+                slot = self._outside(data)
+            slot.request, request.owner, request.data = request, slot, slot.data
         self._requests[op.id] = request
-        self._outstanding[op.client] += 1
-        self.oracle.submitted(op)
-        self.engine.submit(request)
-        if op.cancel:
-            self.later(op.cancel, self._cancel, op)
+        return request
 
     def _cancel(self, op: Op) -> None:
         if op.id not in self.oracle.answered:
@@ -145,7 +191,7 @@ class World:
                 raise Violation("lost answer", f"{op} was cancelled and is not answered")
 
     def _answered(self, request: Request, errno: int, data: Any) -> None:
-        op: Op = request.owner
+        op = self._ops[request.tag]
         self.say(f"answer {op}: {e.errorcode[errno] if errno else 'done'}")
         self.oracle.answer(op)
         direction = "read" if op.kind is Kind.READ else "write"
@@ -172,23 +218,32 @@ class World:
 
     def send(self, request: Request) -> None:
         if self.trace is not None:
-            self.say(f"  send {request.owner or request}")
+            self.say(f"  send {self._name(request)}")
         if not self._linked:
             raise Violation("sent nowhere", f"{request} was sent without a connection")
         self.server.receive(request)
 
-    def release(self, request: Request) -> None:
-        op = request.owner
-        if not isinstance(op, Op):
-            return
-        if op.id in self._released:
-            raise Violation("released twice", str(op))
-        self._released.add(op.id)
-        if request.data is not None:  # whoever still reads it shall be seen
-            request.data[:] = encode([POISON]) * op.count  # type: ignore[index]
+    def _name(self, request: Request) -> object:
+        return request if request.internal else self._ops.get(request.tag, request)
+
+    def _outside(self, data: bytearray) -> Slot:
+        self.engine.log.ring.overflow += len(data)
+        return Slot(data, 0, 0)
+
+    def _release(self, slot: Slot) -> None:
+        """In place of the ring's: whoever still reads a payload that was let go shall be seen."""
+        if id(slot) in self._released and self._released[id(slot)] is slot:
+            raise Violation("released twice", str(slot.request))
+        self._released[id(slot)] = slot
+        if not slot.pinned:
+            slot.data[:] = encode([POISON]) * (len(slot.data) // SECTOR)
+        self._ring_release(slot)
+
+    def taken(self, request: Request) -> bool:
+        return id(request) not in self.server.untaken
 
     def connect(self) -> None:
-        self.later(0.002, self._try)
+        self.later(0.002, self._try, self.engine)
 
     def close(self) -> None:
         self.say("  close")
@@ -196,18 +251,24 @@ class World:
         self.server.break_off(crash=False)
 
     def fence(self) -> None:
-        works = self.plan.options.fence and self.plan.seed % 3 != 0
-        self.later(0.5, self._fenced, works)
+        works = self._healed or int(self.now * 1000) % 3 == 0
+        self.later(0.5, self._fenced, self.engine, works)
 
-    def _fenced(self, works: bool) -> None:
+    def _fenced(self, who: Engine, works: bool) -> None:
+        if who is not self.engine:
+            return
         self.say(f"fence: {works}")
         if works:
             self.server.fence()
-        self.engine.fenced(works)  # type: ignore[attr-defined]
+        self.engine.fenced("" if works else "no power switch")
 
     def wake_at(self, when: float) -> None:
         # A timer never fires at once: else sums that differ by a rounding would spin for ever.
-        self.later(max(when - self.now, 1e-6), self.engine.wake)
+        self.later(max(when - self.now, 1e-6), self._wake, self.engine)
+
+    def _wake(self, who: Engine) -> None:
+        if who is self.engine:
+            who.wake()
 
     def event(self, name: str, data: dict[str, object]) -> None:
         if self.trace is not None:
@@ -215,9 +276,9 @@ class World:
 
     # --- the backend's side ----------------------------------------------------------------
 
-    def _try(self) -> None:
-        if self.engine.state is State.CLOSED:
-            return
+    def _try(self, who: Engine) -> None:
+        if who is not self.engine:
+            return  # its worker is dead
         if self.now < self.server.away_until:
             self.engine.connect_failed(e.ECONNREFUSED)
         elif self.now < self.server.other_until:
@@ -234,9 +295,9 @@ class World:
     def reply(self, request: Request, errno: int, data: bytearray | None) -> None:
         if self.trace is not None:
             result = e.errorcode[errno] if errno else "ok"
-            self.say(f"  reply {request.owner or request}: {result}")
-        if errno in REFUSED and isinstance(request.owner, Op):
-            self._refused.add(request.owner.id)
+            self.say(f"  reply {self._name(request)}: {result}")
+        if errno in REFUSED and not request.internal:
+            self._refused.add(request.tag)
         self._completing = None if errno else request
         self.engine.completed(request, errno, data)
         self._completing = None
@@ -266,6 +327,8 @@ class World:
         match fault.name:
             case "errno":
                 server.fail_next, server.which_errno = 1 + number % 4, number >> 4
+            case "flush_loses":
+                server.fail_flushes = 1 + number % 3
             case "delay":
                 server.delay_next = 1 + number % 4
             case "hang":
@@ -294,9 +357,11 @@ class World:
                 self._set_policy(_POLICIES[number % len(_POLICIES)])
             case "pause":
                 self.engine.pause()
-                self.later(fault.seconds, self.engine.resume)
+                self.later(fault.seconds, lambda: self.engine.resume())
             case "reconnect":
-                self.engine.reconnect()  # type: ignore[attr-defined]
+                self.engine.reconnect()
+            case "worker":
+                self._worker_dies()
             case other:
                 raise ValueError(other)
 
@@ -307,11 +372,26 @@ class World:
             self._may_ignore[direction] |= Action.IGNORE in (given.error, given.then)
         self.engine.set_policy(policy)
 
+    def _worker_dies(self) -> None:
+        """kill -9: what the kernel has no answer for comes again, to a successor on the memory
+        that was left. The callers' pages may have changed since."""
+        self.server.break_off(crash=False)
+        self._linked = False
+        self._keywords["log"] = WriteLog(self._memory, 1024, RING // 4)
+        self.engine = self._new_engine()
+        self.engine.take_over()
+        for op in self.oracle.unanswered():
+            self.say(f"again: {op}")
+            self.engine.submit(self._request(op, again=True))
+        self.engine.resent()
+        self.engine.start()
+
     # --- the second phase ------------------------------------------------------------------
 
     def _heal(self) -> None:
         """Nothing goes wrong any more: everything must end, soon."""
         self.say("HEAL")
+        self._healed = True
         self.server.calm()
         self._heap = [entry for entry in self._heap if entry[2] != self._fault]
         heapq.heapify(self._heap)
@@ -344,11 +424,14 @@ class World:
         self._submit(Op(at, 1 << 20, 0, Kind.FLUSH, 0, 0))
         self._finish("the last flush")
         self._submit(Op(at, (1 << 20) + 1, 0, Kind.READ, 0, self.plan.sectors))
-        self._finish("the last read")
+        self._finish("the last read")  # it waited for the writes that nobody waits for any more
+        self._submit(Op(at, (1 << 20) + 2, 0, Kind.FLUSH, 0, 0))
+        self._finish("the very last flush")
         kept = [
             op
             for op, request in self._requests.items()
-            if op not in self._released and request.data is not None
+            # What was given up may be written later than the flush was sent.
+            if request.data is not None and op not in self._cancelled
         ]
         if kept:
             raise Violation("kept payload", f"after a flush: #{kept[0]} and {len(kept) - 1} more")

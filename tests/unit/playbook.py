@@ -16,7 +16,7 @@ from typing import Any
 
 from healfs.core.engine import Engine, Limits
 from healfs.core.policy import Action, DirectionPolicy, Policy
-from healfs.core.request import Kind, Request
+from healfs.core.request import Kind, Phase, Request
 from healfs.core.ring import Slot
 
 BLOCK = 4096
@@ -84,6 +84,7 @@ class Playbook:
         self.sends: list[tuple[float, str]] = []
         self.on_send: Callable[[Request], None] | None = None
         self._requests: dict[str, Request] = {}
+        self._flush: Request
         self._alarms: list[float] = []
         self.engine = Engine(
             self,
@@ -111,13 +112,26 @@ class Playbook:
     # --- Effects ---------------------------------------------------------------------------
 
     def send(self, request: Request) -> None:
-        self._say(f"send {request.tag}")
-        self.sends.append((self.now, str(request.tag)))
+        for name in self._names(request):
+            self._say(f"send {name}")
+            self.sends.append((self.now, name))
         if self.on_send:
             self.on_send(request)
 
     def taken(self, request: Request) -> bool:
         return True
+
+    def _names(self, request: Request) -> list[str]:
+        """A flush is the engine's own, and stands for the guests' that it will answer."""
+        if not (request.internal and request.kind is Kind.FLUSH):
+            return [str(request.tag)]
+        self._flush = request
+        guests = (r for r in self._requests.values() if r.kind is Kind.FLUSH and not r.answered)
+        return [str(r.tag) for r in guests if r.phase is Phase.IN_FLIGHT] or ["flush"]
+
+    def _sent(self, name: str) -> Request:
+        request = self._requests[name]
+        return self._flush if request.kind is Kind.FLUSH else request
 
     def connect(self) -> None:
         self.connects.append(self.now)
@@ -177,12 +191,12 @@ class Playbook:
 
     def ok(self, *names: str) -> None:
         for name in names:
-            request = self._requests[name]
+            request = self._sent(name)
             data = b"r" * request.length if request.kind is Kind.READ else None
             self.engine.completed(request, 0, data)
 
     def error(self, name: str, errno: int) -> None:
-        self.engine.completed(self._requests[name], errno)
+        self.engine.completed(self._sent(name), errno)
 
     def up(self, size: int = SIZE, **keywords: Any) -> None:
         self.engine.connected(size, **(STABLE | keywords))
