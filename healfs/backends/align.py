@@ -28,6 +28,7 @@ class AlignedBackend(Backend):
         self._inner = inner
         self.source = inner.source
         self.settle = inner.settle
+        self.ambiguous = inner.ambiguous
         self._block = 1
         self._mask = 0
         self._answers: list[tuple[Request, Done]] = []  # DISCARDs of less than a block
@@ -69,6 +70,9 @@ class AlignedBackend(Backend):
     def close(self) -> None:
         self._answers.clear()
         self._inner.close()
+
+    async def probe(self) -> str:
+        return await self._inner.probe()
 
     def taken(self, request: Request) -> bool:
         if (request.offset | request.length) & self._mask:

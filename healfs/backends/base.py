@@ -70,6 +70,8 @@ class Backend(abc.ABC):
     source: str
     #: seconds that an attempt stays unsettled after its connection was closed; 0: close() fences
     settle: float = 0.0
+    #: errnos of which only a probe tells whether the backend is away or a request failed
+    ambiguous: frozenset[int] = frozenset()
 
     @abc.abstractmethod
     async def connect(self) -> Geometry:
@@ -102,6 +104,13 @@ class Backend(abc.ABC):
     def taken(self, request: Request) -> bool:
         """After close, until the next connect: may an unanswered request still be carried out?"""
         return True
+
+    async def probe(self) -> str:
+        """After an ambiguous errno: why the backend is away; "" if only the request failed.
+
+        Bounded in time: a backend that does not answer is away.
+        """
+        return ""
 
     async def extents(self, offset: int, length: int) -> list[Extent] | None:
         """Data and holes of the range, in order, at least the first run; None: cannot tell."""

@@ -133,6 +133,7 @@ class FaultBackend(Backend):
         self._inner = inner
         self.source = inner.source
         self.settle = inner.settle
+        self.ambiguous = inner.ambiguous
         self._path = rules_path
         self._rules: Rules | None = None
         self._signature: tuple[int, int, int] | None = None
@@ -283,6 +284,12 @@ class FaultBackend(Backend):
     async def aclose(self) -> None:
         self.close()
         await self._inner.aclose()
+
+    def taken(self, request: Request) -> bool:
+        return self._inner.taken(request)
+
+    async def probe(self) -> str:
+        return "down = true" if self._now().down else await self._inner.probe()
 
     async def wait_changed(self) -> None:
         """The rules changed, or what the inner one waits for."""

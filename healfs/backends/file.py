@@ -16,11 +16,12 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import trio
 
-from healfs.backends import opening
+from healfs.backends import opening, probing
 from healfs.backends.base import Backend, Extent, Geometry, SourceError
 from healfs.backends.buffers import Buffer, Pool, address_of
 from healfs.backends.threads import ThreadPool
@@ -273,6 +274,7 @@ class FileBackend(Backend):
     """
 
     settle = 0.0
+    ambiguous = frozenset({errno.EIO, errno.EROFS})
 
     def __init__(
         self,
@@ -376,6 +378,19 @@ class FileBackend(Backend):
             session.retire()
             self._retired.append(session)
 
+    async def probe(self) -> str:
+        if self._session is None:
+            return "not connected"
+        fd = os.dup(self._session.fd)  # the session's may be closed before the thread is done
+        look = partial(_probe, self._path, fd, self._read_only)
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT):
+                return await trio.to_thread.run_sync(
+                    look, abandon_on_cancel=True, limiter=self._extents_limiter
+                )
+        except trio.TooSlowError:
+            return "the storage does not answer"
+
     async def extents(self, offset: int, length: int) -> list[Extent] | None:
         if self._session is None:
             return None
@@ -394,6 +409,13 @@ class FileBackend(Backend):
             await trio.to_thread.run_sync(
                 opening.close_all, fds, abandon_on_cancel=True, limiter=self._limiter
             )
+
+
+def _probe(path: str, fd: int, read_only: bool) -> str:
+    try:
+        return probing.probe(path, fd, read_only=read_only)
+    finally:
+        os.close(fd)
 
 
 def _extents(fd: int, offset: int, length: int) -> list[Extent] | None:

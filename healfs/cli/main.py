@@ -24,6 +24,8 @@ VERBS = {
     "status": "healfs.cli.status:status",
     "list": "healfs.cli.status:list_",
     "policy": "healfs.cli.policy:policy",
+    "reconnect": "healfs.cli.recovery:reconnect",
+    "accept": "healfs.cli.recovery:accept",
     "umount": "healfs.cli.umount:umount",
     "demo": "healfs.cli.demo:demo",
 }

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from healfs.cli import exit_status
 from healfs.cli.daemons import detach, is_mounted
+from healfs.cli.log_options import checked, log_options
 from healfs.cli.output import CliError, bad_input, error_line, one_line
 from healfs.cli.policy_options import DURATION, SIZE, changes, policy_options
 from healfs.config import MountConfig
@@ -55,6 +56,7 @@ _AS_GIVEN = (
     default="virtio-blk",
     help="The guest's kind of disk: whose status or sense is shown in events. [virtio-blk]",
 )
+@log_options
 @click.option("--foreground", is_flag=True, help="Stay, and end the mount on Ctrl-C or SIGTERM.")
 @click.option("--allow-other", is_flag=True, help="Let other users in (libvirt's qemu).")
 @click.option("--no-wait", is_flag=True, help="Mount while the backend is away. Needs --size.")
@@ -100,6 +102,7 @@ def _configure(source: str, mountpoint: str, options: dict[str, Any]) -> MountCo
         policy=Policy().change(read, write),
         fault=os.path.abspath(fault) if fault is not None else None,
         **{key: options[key] for key in _AS_GIVEN},
+        **checked(options),
     )
 
 
@@ -260,6 +263,10 @@ def _wait_ready(ready: IO[str], config: MountConfig) -> None:
             elif event == "ready":
                 stack.close()
                 click.echo(message["file"])
+                for note in message.get("notes") or ():
+                    error_line(str(note))
+                if reason := message.get("write_log_off"):
+                    error_line(f"no write log: {reason}")
                 return
             elif event == "error":
                 stack.close()

@@ -31,18 +31,22 @@ class Duration(click.ParamType[float]):
 class Size(click.ParamType[int]):
     name = "size"
 
+    def __init__(self, zero: str = "") -> None:
+        self._zero = zero  # why 0 cannot be; "": it can
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
             size = value if isinstance(value, int) else parse_size(value)
         except ConfigError as exc:
             self.fail(str(exc), param, ctx)
-        if size == 0:
-            self.fail("a disk of 0 bytes is none", param, ctx)
+        if size == 0 and self._zero:
+            self.fail(self._zero, param, ctx)
         return size
 
 
 DURATION = Duration()
-SIZE = Size()
+SIZE = Size("a disk of 0 bytes is none")
+BYTES = Size()
 
 _OPTIONS = [
     click.option(

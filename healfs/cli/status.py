@@ -130,6 +130,9 @@ def _print_one(mount: Mount, one: Status) -> None:
     rows: list[tuple[str, object]] = [("state", state)]
     if reason := one.get("reason"):
         rows.append(("reason", reason))
+    if one.get("state") == "mismatch":
+        advice = "healfs accept goes on with this disk; the right one is taken when it is back"
+        rows.append(("", advice))
     rows += [
         ("file", one.get("file", mount.file)),
         ("source", one.get("source", mount.source)),

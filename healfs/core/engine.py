@@ -61,6 +61,9 @@ class Effects(Protocol):
         """Call `wake` at `when` (the clock's time), or earlier."""
 
     def event(self, name: str, data: dict[str, object]) -> None: ...
+    def probe(self) -> None:
+        """Find out whether the backend is away; ends in `probed`."""
+
     def fence(self) -> None:
         """Make sure that nothing of closed connections lands any more; ends in `fenced`."""
 
@@ -84,6 +87,7 @@ class Engine:
         slow_after: float = 5.0,
         settle: float = 0.0,
         fence: bool = False,
+        ambiguous: frozenset[int] = frozenset(),
         limits: Limits | None = None,
         rng: random.Random | None = None,
     ) -> None:
@@ -93,6 +97,7 @@ class Engine:
         self.log = _private_log() if log is None else log
         self.settle = settle  # seconds; see core/unsettled.py
         self.fence = fence  # Effects.fence decides, not the settle time
+        self.ambiguous = ambiguous  # errnos of which only a probe tells what they mean
         self.slow_after = slow_after  # 0: never
         self._silence = slow_after or math.inf
         self.limits = limits or Limits()
@@ -114,6 +119,8 @@ class Engine:
         self._unsettled = Unsettled(self.log)
         self._fencing: list[Attempt] | None = None  # what a success of the running fence settles
         self._fence_at: float | None = None
+        self._undecided: dict[int, Request] = {}  # failed with one of these; the probe is out
+        self._probing = False
         self._replay = Replay()
         self._replaying = False  # begun, or waiting for what is in flight
         self._replay_at: float | None = None  # try again to write what is suspect
@@ -392,6 +399,7 @@ class Engine:
             self._retries.discard(request)
             self._no_room.pop(request.order, None)
             self._flush_waits.pop(request.order, None)
+            self._undecided.pop(request.order, None)
         self._answer(request, errno, data)
         if parked:
             self._retire(request)
@@ -414,6 +422,7 @@ class Engine:
             self._waiting,
             self._no_room,
             self._flush_waits,
+            self._undecided,
         ):
             yield from (r for r in group.values() if not r.answered)
         yield from (r for r in self._retries if not r.answered)
@@ -440,8 +449,32 @@ class Engine:
             case ErrorClass.LOST:
                 self._in_flight[request.order] = request  # parked with all the others
                 self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
+            case ErrorClass.FAILED if errno in self.ambiguous:
+                request.phase = PARKED
+                request.errno = errno
+                self._undecided[request.order] = request
+                self._probe()
             case ErrorClass.FAILED:
                 self._judge_failed(request, errno, self.clock())
+
+    def _probe(self) -> None:
+        if not self._probing:
+            self._probing = True
+            self.effects.probe()
+
+    def probed(self, away: str) -> None:
+        """The probe has ended; `away` says why the backend is, "" that it is there."""
+        try:
+            self._probing = False
+            if away and self.link_up:
+                self._lose(e.ENODEV, away)
+                return
+            undecided, self._undecided = self._undecided, {}
+            now = self.clock()
+            for request in undecided.values():
+                self._judge_failed(request, request.errno, now)
+        except Exception:
+            self._fault("probed")
 
     def _judge_failed(self, request: Request, errno: int, now: float) -> None:
         """Decide on one failed request, which is in no group of requests now."""
@@ -737,7 +770,7 @@ class Engine:
             else:
                 again.append(request)
         again += self._retries.take_all(now)
-        for group in (self._no_room, self._flush_covers, self._flush_waits):
+        for group in (self._no_room, self._flush_covers, self._flush_waits, self._undecided):
             again += [request for request in group.values() if not request.answered]
             group.clear()
         self._park_again(again)
@@ -875,6 +908,8 @@ class Engine:
 
     def _internal_completed(self, request: Request, errno: int) -> None:
         request.phase = DONE
+        if errno in self.ambiguous:
+            self._probe()  # what it says comes too late for this one, but not for the next
         if errors.is_lost(errno):
             self._in_flight[request.order] = request
             self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
@@ -1152,7 +1187,7 @@ class Engine:
         )
         parked = sum(not r.answered for r in self._waiting.values())
         parked += len(self._parked) + len(self._retries)
-        parked += len(self._no_room) + len(self._flush_waits)
+        parked += len(self._no_room) + len(self._flush_waits) + len(self._undecided)
         return {
             "state": str(self.state),
             "state_seconds": round(now - self.since, 3),

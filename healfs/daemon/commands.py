@@ -73,7 +73,7 @@ def status(worker: Worker) -> dict[str, Any]:
         notes.append("the keeper is gone: the worker's death is not survived")
     write_log: Any = engine["write_log"]
     if not write_log["enabled"]:
-        write_log["reason"] = _why_no_log(geometry)
+        write_log["reason"] = why_no_log(geometry)
     return {
         "mountpoint": mountpoint,
         "file": os.path.join(mountpoint, worker.config.name),
@@ -90,7 +90,8 @@ def status(worker: Worker) -> dict[str, Any]:
     }
 
 
-def _why_no_log(geometry: Geometry | None) -> str:
+def why_no_log(geometry: Geometry | None) -> str:
+    """For status and for `healfs mount`, of a backend whose writes are not kept."""
     if geometry is None:
         return "not connected yet"
     if not geometry.can_flush:

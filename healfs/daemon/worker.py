@@ -57,6 +57,7 @@ class Worker:
     ) -> None:
         self.config = config
         self._fence_wanted = trio.Event()
+        self._probe_wanted = trio.Event()
         self.parent = parent
         self.ready = ready
         self.listener = socket.socket(fileno=listener)
@@ -72,6 +73,7 @@ class Worker:
             slow_after=config.slow_after,
             settle=settle,
             fence=config.fence is not None,
+            ambiguous=self.backend.ambiguous,
         )
         self.control = ControlServer(commands.verbs(self), version=__version__)
         self.channel: Channel
@@ -90,6 +92,9 @@ class Worker:
 
     def taken(self, request: Request) -> bool:
         return self.backend.taken(request)
+
+    def probe(self) -> None:
+        self._probe_wanted.set()
 
     def fence(self) -> None:
         self._fence_wanted.set()
@@ -207,6 +212,7 @@ class Worker:
             nursery.start_soon(pyfuse3.main)
             nursery.start_soon(self._look_who_waits)
             nursery.start_soon(self._fence)
+            nursery.start_soon(self._probe)
             nursery.start_soon(self.control.serve, self.listener)
             nursery.start_soon(self._until_unmounted)
             self._report_ready()
@@ -216,8 +222,12 @@ class Worker:
 
     def _report_ready(self) -> None:
         file = os.path.join(self.config.mountpoint, self.config.name)
-        notes = self.geometry.notes if self.geometry else ()
-        self.report(event="ready", file=file, notes=notes)
+        geometry = self.geometry
+        notes = geometry.notes if geometry else ()
+        off = ""
+        if geometry and not (geometry.can_flush and geometry.volatile_cache):
+            off = commands.why_no_log(geometry)
+        self.report(event="ready", file=file, notes=notes, write_log_off=off)
         os.close(self.ready)
         self.ready = -1
         log.info("mounted %s on %s, %d bytes", self.config.source, file, self.engine.size)
@@ -304,6 +314,21 @@ class Worker:
         if self.engine.link_up:
             self.geometry = geometry
         self.commit()
+
+    async def _probe(self) -> None:
+        """Look at the backend as often as the engine asks for it."""
+        while True:
+            await self._probe_wanted.wait()
+            self._probe_wanted = trio.Event()
+            try:
+                away = await self.backend.probe()
+            except Exception:
+                log.exception("internal error in the probe: the requests are taken for failed")
+                away = ""
+            if away:
+                log.warning("probe: %s", away)
+            self.engine.probed(away)
+            self.commit()
 
     async def _fence(self) -> None:
         """Run the operator's command as often as the engine asks for it."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from healfs.control.client import Client, connect
+from healfs.control.client import Client, ControlError, connect
 from tests.mounts import HealfsMount, Status
 
 ANSWER = 15.0  # seconds: "at once", on a busy machine
@@ -20,7 +20,11 @@ class Control:
         self.client = client
 
     def status(self) -> Status:
-        answer: Status = self.client.execute("healfs-query-status")
+        try:
+            answer: Status = self.client.execute("healfs-query-status")
+        except ControlError as exc:
+            received = bytes(self.client._input), list(self.client._events)
+            raise AssertionError(f"{exc}; received meanwhile: {received}") from exc
         return answer
 
     def execute(self, name: str, **arguments: Any) -> Any:

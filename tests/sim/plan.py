@@ -28,7 +28,7 @@ def chance(*parts: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The faults by name. Those below the line need the write log."""
+    """The faults by name. TODAY has those above the line, WITH_LOG all but `inside`."""
 
     errno: bool = True  # a few requests fail: failed, lost and refused errnos
     delay: bool = True  # requests that take up to 8 s

@@ -7,16 +7,19 @@ They go through the public interface where they can, so that they outlive change
 from __future__ import annotations
 
 import errno as e
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+from healfs.core import replay
 from healfs.core.engine import Engine
 from healfs.core.overlap import Overlap
 from healfs.core.request import Kind, Phase, Request
-from tests.sim.plan import TODAY, Options, Plan
+from healfs.core.unsettled import Unsettled
+from healfs.core.writelog import WriteLog
+from tests.sim.plan import TODAY, WITH_LOG, Options, Plan
 from tests.sim.world import World
 
 
@@ -76,10 +79,10 @@ class DoubleAnswer(Engine):
 
 
 class LostAnswer(Engine):
-    """A completion that comes for a second attempt at a flush is taken for an old one."""
+    """A completion that comes for a second attempt at a read is taken for an old one."""
 
     def completed(self, request: Request, errno: int, data: object = None) -> None:
-        if request.kind is not Kind.FLUSH or request.attempts < 2:
+        if request.kind is not Kind.READ or request.attempts < 2:
             super().completed(request, errno, data)
 
 
@@ -116,7 +119,7 @@ class ReleasedTooEarly(Engine):
         flying = request.phase is Phase.IN_FLIGHT and not request.answered
         super().cancel(request, errno)
         if flying:
-            self.effects.release(request)
+            self.log.release(request)
 
 
 class NoReplay(Engine):
@@ -124,18 +127,68 @@ class NoReplay(Engine):
     client with reconnect-delay and nbdkit's retry filter do."""
 
     def connected(self, size: int, **keywords: Any) -> None:
-        if "volatile_cache" in keywords:
-            keywords["volatile_cache"] = False
-        super().connected(size, **keywords)
+        super().connected(size, **(keywords | {"volatile_cache": False}))
 
 
+class LatchCleared(Engine):
+    """A flush that failed is tried again, alone."""
+
+    def _flush_failed(self, errno: int, guests: Iterable[Request]) -> None:
+        for request in guests:
+            self._judge_failed(request, errno, self.clock())
+
+
+class UnsettledLostWithTheWorker(Engine):
+    def take_over(self) -> None:
+        recover = self.log.recover
+        self.log.recover = lambda on_answer: (recover(on_answer)[0], [])  # type: ignore[method-assign]
+        super().take_over()
+        self._unsettled = Unsettled(self.log)
+
+
+class ResentAnsweredUnsent(Engine):
+    """What comes again from the kernel and is in the log already is answered at once."""
+
+    def _submit_again(self, request: Request) -> bool:
+        if (entry := self._recovered.get(request.tag)) is not None:
+            entry.completed = 1
+        return super()._submit_again(request)
+
+
+def fua_not_logged(log: WriteLog, request: Request) -> None:
+    if request.fua:
+        log._count += 1
+        request.completed = log._count
+        log.leave(request)
+    else:
+        _COMPLETE(log, request)
+
+
+def trims_by_answer_time(log: WriteLog, mark: int, hold: Any = None) -> None:
+    _TRIM(log, log.mark(), hold)
+
+
+def newest_first(entries: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
+    for entry in reversed(list(entries)):
+        yield entry, entry.offset, entry.offset + entry.length
+
+
+_COMPLETE, _TRIM = WriteLog.complete, WriteLog.trim
 LOSSES = replace(TODAY, cache_loss=True)
+CRASHES = replace(TODAY, late=True, worker=True)
+
+
+def _patched(target: object, name: str, new: object) -> Callable[[], Any]:
+    return lambda: mock.patch.object(target, name, new)
+
+
+LIES = ("stale read", "stable")
 
 BUGS = (
     Bug(
         "overlap ignored",
         ("stale read", "stable"),
-        patch=lambda: mock.patch.object(Overlap, "find", lambda self, start, end: []),
+        patch=_patched(Overlap, "find", lambda self, start, end: []),
     ),
     Bug("reads do not wait for writes", ("stale read",), OrderIgnoredByReads),
     Bug("O_DSYNC ignored", ("stable",), FuaIgnored),
@@ -147,5 +200,35 @@ BUGS = (
     Bug("an outage handed to the guest", ("error",), GivesUp),
     Bug("wrong identity accepted", ("sent nowhere",), WrongIdentityAccepted),
     Bug("payload released too early", ("released twice", "garbage"), ReleasedTooEarly),
-    Bug("flush retried without replay", ("stable", "stale read"), NoReplay, LOSSES),
+    Bug("flush retried without replay", LIES, NoReplay, LOSSES),
+    Bug(
+        "FUA not logged", LIES, options=LOSSES, patch=_patched(WriteLog, "complete", fua_not_logged)
+    ),
+    Bug(
+        "flush trims by answer time",
+        LIES,
+        options=replace(LOSSES, session_flush=True),
+        patch=_patched(WriteLog, "trim", trims_by_answer_time),
+    ),
+    Bug(
+        "replay out of order",
+        LIES,
+        options=LOSSES,
+        patch=_patched(replay, "visible", newest_first),
+    ),
+    Bug(
+        "late old write over newer",
+        LIES,
+        options=replace(TODAY, late=True),
+        keywords={"settle": 0.0},
+    ),
+    Bug("latch cleared after a failed flush", LIES, LatchCleared, replace(TODAY, flush_loses=True)),
+    Bug("unsettled set lost with the worker", LIES, UnsettledLostWithTheWorker, CRASHES),
+    Bug("resent bytes answered, not sent", LIES, ResentAnsweredUnsent, CRASHES),
+    Bug(
+        "suspect bytes read from the backend",
+        LIES,
+        options=WITH_LOG,
+        patch=_patched(replay.Suspects, "overlay", lambda self, start, end: []),
+    ),
 )

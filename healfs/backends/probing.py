@@ -1,0 +1,73 @@
+"""The probe that decides what EIO and EROFS of a file or block device mean.
+
+Either the storage is away (a device that went offline, a file system that was shut down), or this
+one request failed (a bad sector). Three looks, in a thread, for each may wait: is it still the
+same file, does the kernel call the device offline, and can anything be read?
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+
+
+def probe(path: str, fd: int, *, read_only: bool) -> str:
+    """Why the storage is away; "" if it is there, and so the request itself has failed."""
+    try:
+        opened = os.fstat(fd)
+        named = os.stat(path)
+        if stat.S_ISBLK(opened.st_mode):
+            if named.st_rdev != opened.st_rdev:
+                return "another device has taken its name"
+            state = disk_state(opened.st_rdev)
+            if state not in ("running", "live", ""):
+                return f"the device is {state}"
+        else:
+            if (named.st_ino, named.st_dev) != (opened.st_ino, opened.st_dev):
+                return "another file has taken its name"
+            if not read_only and os.fstatvfs(fd).f_flag & os.ST_RDONLY:
+                return "its file system is read-only now"
+        return _read_anything(fd)
+    except OSError as error:
+        return f"{os.strerror(error.errno or errno.EIO)}"
+
+
+def disk_state(device: int) -> str:
+    """The state of a SCSI disk (running, offline, ...) or NVMe controller (live, ...); else ""."""
+    place = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for base in (place, f"{place}/.."):  # a partition's parent is the disk
+        try:
+            with open(f"{base}/device/state", encoding="ascii") as file:
+                return file.read().strip()
+        except OSError:
+            continue
+    return ""
+
+
+def _read_anything(fd: int) -> str:
+    """One readable block is enough: then it is not all of the storage that fails."""
+    size = os.lseek(fd, 0, os.SEEK_END)
+    try:  # past the page cache, which answers for a device that is gone
+        fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return ""  # no O_DIRECT here; it is the same file, and that is all that can be known
+    try:
+        return _read_one_of_three(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _read_one_of_three(fd: int, size: int) -> str:
+    if size <= 0:
+        return "it has no size any more"
+    reason = ""
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:  # aligned, for O_DIRECT
+        for place in (0, size // 2, size - 1):
+            try:
+                os.preadv(fd, [page], place - place % mmap.PAGESIZE)
+                return ""
+            except OSError as error:
+                reason = f"nothing can be read: {error.strerror}"
+    return reason

@@ -1,0 +1,138 @@
+"""`python -m tests.bench`: healfs beside its peers, in one run. It prints, and asserts nothing.
+
+Each row is one load on disks of the same kind, measured in turn, round after round, so that
+what else the machine does meets all of them. A figure is the median of the rounds; a ratio is
+the median of the rounds' ratios, healfs to the disk beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench import disks, memory
+from tests.bench.load import LOADS, Load
+
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Disks of one kind; `first` is the one whose ratio to the others is printed."""
+
+    name: str
+    disks: dict[str, disks.Disk]
+    loads: tuple[str, ...]
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.disks))
+
+
+COST = ("4k-randwrite-qd32", "1m-write-qd8")
+
+
+def groups(beside: Path | None, switch: str) -> list[Group]:
+    """`beside` is another source tree of healfs, measured as one more peer."""
+    file: dict[str, disks.Disk] = {"healfs": disks.healfs_file(switch)}
+    nbd: dict[str, disks.Disk] = {"healfs": disks.healfs_nbd(switch)}
+    if beside is not None:
+        file["beside"] = disks.healfs_file(tree=beside)
+        nbd["beside"] = disks.healfs_nbd(tree=beside)
+    file |= {"qemu-storage-daemon": disks.qemu_file, "nbdfuse": disks.nbdfuse_file}
+    nbd |= {"nbdfuse": disks.nbdfuse_nbd}
+    return [
+        Group("file", file, tuple(LOADS)),
+        Group("nbd", nbd, tuple(LOADS)),
+        Group(
+            "log-file",
+            {"log on": disks.healfs_file(), "log and order off": disks.healfs_file("nolog")},
+            COST,
+        ),
+        Group(
+            "log-nbd",
+            {"log on": disks.healfs_nbd(), "log and order off": disks.healfs_nbd("nolog")},
+            COST,
+        ),
+    ]
+
+
+def measure(group: Group, loads: dict[str, Load], rounds: int, seconds: float) -> None:
+    """All loads of a group on the same disks; prints one table."""
+    table = Table(title=f"{group.name}: requests a second", title_justify="left")
+    table.add_column("load")
+    for name in group.disks:
+        table.add_column(name, justify="right")
+    for name in list(group.disks)[1:]:
+        table.add_column(f"{group.first} : {name}", justify="right", style="bold")
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="healfs-bench-")))
+        files = {}
+        for number, (name, disk) in enumerate(group.disks.items()):
+            (directory / str(number)).mkdir()
+            files[name] = stack.enter_context(disk(directory / str(number)))
+        for load_name, load in loads.items():
+            found: dict[str, list[float]] = {name: [] for name in files}
+            for number in range(rounds):
+                for name, file in files.items():
+                    if load.writes:
+                        os.sync()  # nobody pays for what another has left in the page cache
+                    with console.status(f"{group.name} {load_name} {number + 1}/{rounds}: {name}"):
+                        found[name].append(load.run(file, seconds))
+            table.add_row(load_name, *_figures(found))
+    console.print(table)
+
+
+def _figures(found: dict[str, list[float]]) -> list[str]:
+    first, *others = found.values()
+    cells = [f"{statistics.median(values):,.0f}" for values in found.values()]
+    for values in others:
+        ratios = [mine / theirs for mine, theirs in zip(first, values, strict=True)]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return cells
+
+
+def print_memory() -> None:
+    with tempfile.TemporaryDirectory(prefix="healfs-bench-") as directory:
+        found = memory.measure(Path(directory))
+    console.print("memory of the worker")
+    console.print(f"  idle                     {found.idle / (1 << 20):.1f} MiB")
+    console.print(f"  of the log, idle         {found.idle_log / (1 << 20):.1f} MiB")
+    console.print(f"  a parked 4 KiB write     {found.parked_write:,.0f} bytes and its payload")
+    console.print(f"  a parked 4 KiB read      {found.parked_read:,.0f} bytes")
+
+
+@click.command()
+@click.option("--rows", default="", help="Only rows (GROUP/LOAD, or memory) that match this regex.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--seconds", default=2.0, show_default=True, help="One run of fio.")
+@click.option(
+    "--beside",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Another source tree of healfs: before and after.",
+)
+@click.option("--switch", default="", help="For healfs's worker: see switch/sitecustomize.py.")
+def main(rows: str, rounds: int, seconds: float, beside: Path | None, switch: str) -> None:
+    """Measure healfs beside qemu-storage-daemon's FUSE export and nbdfuse."""
+    for group in groups(beside, switch):
+        wanted = {
+            name: LOADS[name] for name in group.loads if re.search(rows, f"{group.name}/{name}")
+        }
+        if wanted:
+            measure(group, wanted, rounds, seconds)
+    if re.search(rows, "memory"):
+        print_memory()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The disks that are measured side by side: a file, and who serves it.
+
+Each is a context manager that gives the file for fio; all processes end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from unittest import mock
+
+import nbd
+
+from tests.bench.load import DISK_BYTES
+from tests.mounts import HealfsMount
+
+SWITCH = Path(__file__).parent / "switch"
+DEADLINE = 30.0  # seconds for a server to be there, or to end
+
+Disk = Callable[[Path], AbstractContextManager[Path]]
+
+
+def backing_file(directory: Path) -> Path:
+    """In the page cache and on the disk, no hole: a first write of a block is like any other."""
+    path = directory / "backing.img"
+    with path.open("wb") as file:
+        for _ in range(DISK_BYTES >> 20):
+            file.write(os.urandom(1 << 20))
+        os.fsync(file.fileno())
+    return path
+
+
+@contextlib.contextmanager
+def process(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    running = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        yield running
+    finally:
+        running.terminate()
+        try:
+            running.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+
+
+def wait_for(holds: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + DEADLINE
+    while not holds():
+        if time.monotonic() > until:
+            raise TimeoutError(f"{what} is not there after {DEADLINE:g} s")
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def nbdkit(directory: Path, *plugin: str | Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server and its NBD URI."""
+    socket = directory / "nbd.sock"
+    with process("nbdkit", "-f", "-U", socket, *plugin) as server:
+        wait_for(socket.exists, "nbdkit")
+        yield server, f"nbd+unix:///?socket={socket}"
+
+
+@contextlib.contextmanager
+def nbdkit_memory(directory: Path) -> Iterator[str]:
+    """Its memory is written before anything is measured."""
+    with nbdkit(directory, "memory", str(DISK_BYTES)) as (_, uri):
+        handle = nbd.NBD()
+        handle.connect_uri(uri)
+        for offset in range(0, DISK_BYTES, 1 << 20):
+            handle.pwrite(os.urandom(1 << 20), offset)
+        handle.shutdown()
+        yield uri
+
+
+@contextlib.contextmanager
+def healfs_mount(source: str | Path, switch: str, tree: Path | None) -> Iterator[HealfsMount]:
+    """`switch` is for the worker (see switch/sitecustomize.py), `tree` another source tree."""
+    paths = [str(path) for path in (SWITCH if switch else None, tree) if path]
+    changed = {"HEALFS_BENCH_SWITCH": switch, "PYTHONPATH": ":".join(paths)}
+    if paths:
+        changed["PYTHONSAFEPATH"] = "1"  # else `python -m` finds the working directory first
+    with mock.patch.dict(os.environ, changed):
+        mount = HealfsMount(source, limit=7200)
+    with contextlib.closing(mount):
+        yield mount
+
+
+def healfs_file(switch: str = "", tree: Path | None = None) -> Disk:
+    @contextlib.contextmanager
+    def disk(directory: Path) -> Iterator[Path]:
+        with healfs_mount(backing_file(directory), switch, tree) as mount:
+            yield mount.file
+
+    return disk
+
+
+def healfs_nbd(switch: str = "", tree: Path | None = None) -> Disk:
+    @contextlib.contextmanager
+    def disk(directory: Path) -> Iterator[Path]:
+        with nbdkit_memory(directory) as uri, healfs_mount(uri, switch, tree) as mount:
+            yield mount.file
+
+    return disk
+
+
+@contextlib.contextmanager
+def qemu_file(directory: Path) -> Iterator[Path]:
+    """qemu-storage-daemon's FUSE export, with its fastest way to a file in the page cache."""
+    backing = backing_file(directory)
+    mountpoint = directory / "disk.img"
+    mountpoint.touch()
+    command = (
+        "qemu-storage-daemon",
+        *("--blockdev", f"driver=file,node-name=disk,filename={backing},aio=threads"),
+        "--export",
+        f"type=fuse,id=export,node-name=disk,mountpoint={mountpoint},writable=on",
+    )
+    with process(*command):
+        wait_for(lambda: mountpoint.stat().st_size > 0, "qemu-storage-daemon")
+        yield mountpoint
+
+
+@contextlib.contextmanager
+def _nbdfuse(directory: Path, uri: str) -> Iterator[Path]:
+    mountpoint = directory / "mnt"
+    mountpoint.mkdir()
+    try:
+        with process("nbdfuse", mountpoint / "disk.img", uri):
+            wait_for(lambda: (mountpoint / "disk.img").exists(), "nbdfuse")
+            yield mountpoint / "disk.img"
+    finally:
+        subprocess.run(("umount", "-q", "-l", mountpoint), check=False)
+
+
+@contextlib.contextmanager
+def nbdfuse_nbd(directory: Path) -> Iterator[Path]:
+    with nbdkit_memory(directory) as uri, _nbdfuse(directory, uri) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def nbdfuse_file(directory: Path) -> Iterator[Path]:
+    backing = backing_file(directory)
+    with nbdkit(directory, "file", backing) as (_, uri), _nbdfuse(directory, uri) as file:
+        yield file
