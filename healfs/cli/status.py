@@ -131,7 +131,7 @@ def _print_one(mount: Mount, one: Status) -> None:
     if reason := one.get("reason"):
         rows.append(("reason", reason))
     if one.get("state") == "mismatch":
-        advice = "healfs accept goes on with this disk; the right one is taken when it is back"
+        advice = "the right disk is taken when it is back; healfs accept takes this one"
         rows.append(("", advice))
     rows += [
         ("file", one.get("file", mount.file)),
@@ -174,7 +174,9 @@ def _load_rows(one: Status) -> list[tuple[str, object]]:
     if log := one.get("write_log"):
         if log.get("enabled", True):
             used, limit = int(log.get("bytes", 0)), int(log.get("limit_bytes", 0))
-            text = f"{log.get('requests', 0)} requests, {format_size(used)} of {format_size(limit)}"
+            text = (
+                f"{log.get('requests', 0)} unflushed, {format_size(used)} of {format_size(limit)}"
+            )
         else:
             text = f"off: {log.get('reason') or 'no reason given'}"
         rows.append(("write log", text))

@@ -316,7 +316,7 @@ class Engine:
                 self._answered_again(request)
             if self._replaying:
                 self._pump_replay()
-            elif self._parked or self._no_room:
+            elif self._parked or self._no_room or self._flush_waits:
                 self._send_parked()
             if self._draining and not self._in_flight:
                 self._drained()
@@ -755,7 +755,8 @@ class Engine:
         self._replay.wanted = True
         in_flight, self._in_flight = self._in_flight, {}
         self.effects.close()
-        self._remember_attempts(in_flight.values(), now)
+        taken = [request for request in in_flight.values() if self.effects.taken(request)]
+        self._remember_attempts(taken, now)
         for request in in_flight.values():
             owner = request.origin.owner if request.origin else request.owner
             if owner is not None and not owner.pinned:
@@ -789,15 +790,17 @@ class Engine:
         """What the backend took of writes may land as long as it is unsettled (promise 4)."""
         if not self.settle and not self.fence:
             return
-        until = math.inf if self.fence else now + self.settle
         for request in requests:
-            if request.kind not in (READ, FLUSH) and self.effects.taken(request):
+            if request.kind not in (READ, FLUSH):
                 order = request.origin.order if request.origin else request.order
-                self._unsettled.add(order, request.start, request.end, until)
+                self._unsettled.add(order, request.start, request.end, self._until(now))
         if self.fence and len(self._unsettled):
             self._start_fence()
         elif (when := self._unsettled.next_time()) is not None:
             self._wake_at(when)
+
+    def _until(self, now: float) -> float:
+        return math.inf if self.fence else now + self.settle
 
     def _start_fence(self) -> None:
         if self._fencing is None:
@@ -876,6 +879,7 @@ class Engine:
     def _begin_replay(self) -> None:
         self._replay_at = None
         self._replaying = True
+        self._save()
         self._move(State.REPLAYING, os.strerror(self._replay.errno) if self._replay.errno else "")
         self._pump_replay()
 
@@ -940,6 +944,7 @@ class Engine:
     def _replay_flushed(self, request: Request, errno: int) -> None:
         now = self.clock()
         self._replaying = False
+        self._save()
         if errno:
             self.log.lost()
             self._replay.failed(errno, self.log.unflushed())
@@ -967,13 +972,14 @@ class Engine:
         Then submit what the kernel sends again, oldest first, then call `resent`, then `start`.
         """
         found, attempts = self.log.recover(_nobody)
-        self._load(self.log.saved() or {})
+        saved: Any = self.log.saved() or {}
+        self._load(saved)
         now = self.clock()
         self.state = State.STALLED
         self._ever_connected = True
         self._replay.wanted = True
         for attempt in attempts:
-            attempt.until = math.inf if self.fence else now + self.settle
+            attempt.until = self._until(now)
             self._unsettled.restore(attempt)
             self._order = max(self._order, attempt.order)
         for entry in found:
@@ -982,7 +988,10 @@ class Engine:
             entry.answered = True
             self._order = max(self._order, entry.order)
             self._recovered[entry.tag] = entry
-        self._remember_attempts([entry for entry in found if not entry.completed], now)
+        # A replay sends completed ones again.
+        replaying = saved.get("replaying", False)
+        sent = [entry for entry in found if replaying or not entry.completed]
+        self._remember_attempts(sent, now)
         self._begin_outage(now, e.ESHUTDOWN, "the worker died", now)
         if self.paused_by:
             self.state = State.PAUSED
@@ -1020,6 +1029,7 @@ class Engine:
                 "align": self.align,
                 "outage": self._outage.save(),
                 "ever_connected": self._ever_connected,
+                "replaying": self._replaying,
             }
         )
 

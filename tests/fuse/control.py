@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from healfs.control.client import Client, ControlError, connect
+from healfs.control.client import Client, connect
 from tests.mounts import HealfsMount, Status
 
 ANSWER = 15.0  # seconds: "at once", on a busy machine
@@ -20,15 +20,12 @@ class Control:
         self.client = client
 
     def status(self) -> Status:
-        try:
-            answer: Status = self.client.execute("healfs-query-status")
-        except ControlError as exc:
-            received = bytes(self.client._input), list(self.client._events)
-            raise AssertionError(f"{exc}; received meanwhile: {received}") from exc
+        answer: Status = self.execute("healfs-query-status")
         return answer
 
     def execute(self, name: str, **arguments: Any) -> Any:
-        return self.client.execute(name, arguments)
+        # Of each answer: the client's own is of the whole conversation.
+        return self.client.execute(name, arguments, timeout=ANSWER)
 
     def until(self, holds: Callable[[Status], bool], seconds: float = 30) -> Status:
         """The first status for which it holds."""

@@ -16,6 +16,7 @@ from healfs.control.client import connect
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
+from tests.fuse.conftest import pause
 from tests.fuse.control import ANSWER, Control
 
 BLOCK = b"x" * 4096
@@ -131,7 +132,7 @@ def test_force_answers_what_is_parked_and_says_so(away: tuple[Commands, NbdServe
 def test_force_when_the_server_hangs(commands: Commands, server: NbdServer) -> None:
     _mounted(commands, server.uri())
     writer = Agent(commands.file)
-    server.pause()
+    pause(server)
     writer.ask("pwrite", 0, BLOCK)
     before = time.monotonic()
     done = commands.run("umount", commands.mountpoint, "--force")
@@ -326,7 +327,7 @@ def test_a_process_killed_while_its_request_hangs_in_the_server_is_let_go(
     """The request was in flight when the outage began: it was not parked when it came."""
     _mounted(commands, server.uri())
     waiting = Agent(commands.file)
-    server.pause()
+    pause(server)
     waiting.ask("pread", 0, 512)
     with connect(str(_status(commands)["control"]), ANSWER) as client:
         Control(client).until(lambda status: status["requests"]["in_flight"] == 1)

@@ -17,14 +17,19 @@ import pytest
 import trio
 from click.testing import CliRunner, Result
 
+from healfs.cli import log_options, recovery
 from healfs.cli import mount as mount_module
 from healfs.cli import status as status_module
 from healfs.cli import umount as umount_module
 from healfs.cli.main import main
+from healfs.cli.output import CliError
 from healfs.cli.policy_options import changes
 from healfs.control import mounts
 from healfs.control.server import Argument, CommandError, ControlServer, Peer, Verb
 from healfs.core.policy import Action, Policy
+from healfs.core.ring import PAGE
+from healfs.core.writelog import WriteLog, memory_size
+from healfs.fuse.wire import MAX_WRITE
 
 DEADLINE = 20
 
@@ -71,6 +76,21 @@ def assert_refused(result: Result, *words: str, status: int = 2) -> None:
         ("mount a M --size 1G", ["--no-wait"]),
         ("mount a M --create 1G --read-only", ["--create"]),
         ("mount a M --slow-after 0", ["100ms"]),
+        ("mount a M --log-size 2105343", ["too small for one request", "2105344"]),
+        ("mount a M --log-size 0", ["too small for one request"]),
+        ("mount a M --log-size 17G", ["at most 16 GiB"]),
+        ("mount a M --log-size 64MB", ["64K, 64M"]),
+        ("mount a M --log-entries 1023", ["from 1024 to 1048576"]),
+        ("mount a M --log-entries 1048577", ["from 1024 to 1048576"]),
+        ("mount a M --log-entries many", ["--log-entries"]),
+        ("mount a M --settle -5s", ["not a duration"]),
+        ("mount a M --settle 61m", ["from 0 to 1h"]),
+        ("mount a M --settle 5s --fence true", ["--settle does not go with --fence"]),
+        ("mount a M --fence no-such-program", ["no-such-program: no such command"]),
+        ("mount a M --fence /no/such", ["/no/such: no such command"]),
+        ("mount a M --fence /etc/passwd", ["no such command"]),
+        ("mount a M --fence ./fence", ["absolute path"]),
+        ("mount a M --fence (true", ["--fence: ", "yntax error"]),
         ("mount a M --name a/b", ["not a file name"]),
         ("mount a M --name ..", ["not a file name"]),
         ("mount a M --name \x1b[31m", ["control characters"]),
@@ -84,6 +104,10 @@ def assert_refused(result: Result, *words: str, status: int = 2) -> None:
         ("status M --json", ["not a healfs mount"]),
         ("policy M", ["not a healfs mount"]),
         ("policy M --read-then enospc", ["enospc is for writes only"]),
+        ("reconnect M", ["not a healfs mount"]),
+        ("accept M", ["exactly one of --replay", "--drop"]),
+        ("accept M --replay --drop", ["exactly one"]),
+        ("accept M --drop", ["not a healfs mount"]),
         ("umount M", ["not a healfs mount"]),
         ("umount M --forc", ["--force"]),
         ("status \x1b]0;evil\x07", ["not a healfs mount"]),
@@ -96,6 +120,38 @@ def test_bad_input_is_one_line_and_status_2(
     result = run(*(a.replace("M", str(tmp_path / "m")) for a in arguments.split(" ") if a))
     assert_refused(result, *words)
     assert "\x1b" not in result.stderr and "\x07" not in result.stderr
+
+
+LOG = {"log_size": 64 << 20, "log_entries": 16384, "settle": None, "fence": None}
+
+
+@pytest.mark.parametrize(
+    "fence", ["", " ", "# only a comment", "'no end", "if true", "true |", "no-such-program; true"]
+)
+def test_a_fence_that_cannot_work_is_refused(fence: str) -> None:
+    with pytest.raises(CliError, match="--fence: "):
+        log_options.checked(LOG | {"fence": fence})
+
+
+@pytest.mark.parametrize(
+    "fence",
+    [
+        *("true", "/bin/true x", "true; no-such", "exit 1", "if true; then :; fi", "(true)"),
+        *("A=1 /bin/true", "'/bin/true' x", "$FENCE x", "~/fence", "! true", "{ true; }"),
+    ],
+)
+def test_a_fence_is_what_the_shell_takes(fence: str) -> None:
+    assert log_options.checked(LOG | {"fence": fence})["fence"] == fence
+
+
+def test_the_least_log_is_one_that_the_daemon_takes() -> None:
+    """And a size is rounded up to whole pages."""
+    options = LOG | {"log_size": 2105344, "log_entries": 1024, "settle": 0.0}
+    checked = log_options.checked(options)
+    assert checked == options
+    memory = bytearray(memory_size(checked["log_size"], checked["log_entries"]))
+    WriteLog(memoryview(memory), checked["log_entries"], MAX_WRITE + PAGE)
+    assert log_options.checked(options | {"log_size": 2105345})["log_size"] == 2105344 + PAGE
 
 
 @pytest.mark.parametrize("name", ["default_request_timeout", "max_request_timeout"])
@@ -155,6 +211,7 @@ class Daemon:
         self.policy = Policy()
         self.status: dict[str, Any] = {"mountpoint": mountpoint, "state": "ready"}
         self.refusal = ""
+        self.accepted: bool | None = None
         self.process = subprocess.Popen(["sleep", "60"])
         self.claim = mounts.claim(mountpoint)
         self.listener = self.claim.listen()
@@ -179,6 +236,8 @@ class Daemon:
                 {"read": Argument(dict, optional=True), "write": Argument(dict, optional=True)},
             ),
             "healfs-umount": Verb(self._umount, {"force": Argument(bool)}),
+            "healfs-reconnect": Verb(lambda arguments, peer: {}),
+            "healfs-accept": Verb(self._accept, {"replay": Argument(bool)}),
         }
 
         async def serve() -> None:
@@ -205,6 +264,14 @@ class Daemon:
             raise CommandError(self.refusal)
         self.process.kill()
         return {"given_up": {"write": {"requests": 3, "bytes": 4096}} if self.refusal else {}}
+
+    def _accept(self, arguments: dict[str, Any], peer: Peer) -> Any:
+        if self.refusal:
+            raise CommandError(self.refusal)
+        self.accepted = arguments["replay"]
+        if self.accepted:
+            self.status["state"] = "replaying"
+        return {}
 
     def stop(self) -> None:
         """The daemon dies; its files stay."""
@@ -309,6 +376,36 @@ def test_policy_shows_and_changes(daemon: Daemon) -> None:
     assert daemon.policy.write.then is Action.ENOSPC
     assert daemon.policy.read.then is Action.REPORT
     assert daemon.policy.read.retry_timeout == daemon.policy.write.retry_timeout == 120
+
+
+def test_reconnect_says_what_it_left(daemon: Daemon) -> None:
+    daemon.status |= {"state": "stalled", "requests": {"unsettled": 3}}
+    daemon.start()
+    result = run("reconnect", daemon.mount.mountpoint)
+    mountpoint = daemon.mount.mountpoint
+    assert result.exit_code == 0
+    assert result.stdout == f"{mountpoint}: the connection was given up; stalled, 3 unsettled\n"
+
+
+def test_accept_says_what_became_of_it(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "_ACCEPT_SECONDS", 0.2)
+    daemon.status |= {"state": "mismatch", "reason": "it has 5 bytes"}
+    daemon.start()
+    mountpoint = daemon.mount.mountpoint
+    assert_refused(run("accept", mountpoint, "--drop"), "not accepted: it has 5 bytes", status=1)
+    assert daemon.accepted is False
+    result = run("accept", mountpoint, "--replay")
+    assert result.exit_code == 0 and daemon.accepted is True
+    assert "the write log is written to it; replaying" in result.stdout
+    daemon.refusal = "nothing to accept"
+    assert_refused(run("accept", mountpoint, "--replay"), "nothing to accept", status=1)
+
+
+def test_a_mismatch_is_shown_with_what_to_do(daemon: Daemon) -> None:
+    daemon.status |= {"state": "mismatch", "reason": "it has 5 bytes"}
+    daemon.start()
+    shown = run("status", daemon.mount.mountpoint).stdout
+    assert "it has 5 bytes" in shown and "healfs accept" in shown
 
 
 def test_umount_waits_for_the_process(daemon: Daemon) -> None:
@@ -420,6 +517,35 @@ def test_what_ends_the_waiting_leaves_nothing(
     assert of_ours.stdout == b""
 
 
+def a_daemon_that_says(monkeypatch: pytest.MonkeyPatch, script: str) -> list[Any]:
+    """Returns the processes that `healfs mount` starts as its keeper."""
+    start, keepers = subprocess.Popen, []
+
+    def popen(command: list[str], **options: Any) -> Any:
+        if command[0] != sys.executable:
+            return start(command, **options)
+        text = f"import sys; sys.stdin.read(); f = open({command[-1]}, 'w')\n{script}"
+        keepers.append(start([sys.executable, "-c", text], **options))
+        return keepers[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    return keepers
+
+
+READY = {"event": "ready", "file": "/m/disk.img", "notes": ["no\nlocks"], "write_log_off": "why"}
+
+
+def test_what_the_backend_cannot_promise_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keepers = a_daemon_that_says(monkeypatch, f"print({json.dumps(READY)!r}, file=f)")
+    (tmp_path / "m").mkdir()
+    result = run("mount", "a", tmp_path / "m")
+    keepers[0].wait(DEADLINE)
+    assert (result.exit_code, result.stdout) == (0, "/m/disk.img\n")
+    assert result.stderr == "healfs: no locks\nhealfs: no write log: why\n"
+
+
 REFUSAL = {"event": "error", "message": "no\nway", "status": 2}
 
 
@@ -435,13 +561,7 @@ def test_a_daemon_that_does_not_come_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str, status: int
 ) -> None:
     (tmp_path / "m").mkdir()
-    start = subprocess.Popen
-
-    def popen(command: list[str], **options: Any) -> Any:
-        text = f"import sys; sys.stdin.read(); f = open({command[-1]}, 'w')\n{script}"
-        return start([sys.executable, "-c", text], **options)
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    a_daemon_that_says(monkeypatch, script)
     assert_refused(run("mount", "a", tmp_path / "m"), words, status=status)
 
 

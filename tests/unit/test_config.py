@@ -108,6 +108,10 @@ def test_a_configuration_survives_the_way_to_the_keeper() -> None:
         create=1 << 30,
         policy=Policy().change({"then": Action.STOP, "retry_timeout": 5.0}, {}),
         fault="/f",
+        log_size=3 << 20,
+        log_entries=2048,
+        settle=0.5,
+        fence='fence "a b"',
     )
     assert MountConfig.from_json(config.to_json()) == config
 
