@@ -39,6 +39,9 @@ IORING_OP_WRITE = 23
 IORING_FSYNC_DATASYNC = 1 << 0
 IORING_ASYNC_CANCEL_ANY = 1 << 2
 IOSQE_ASYNC = 1 << 4
+IORING_SETUP_SINGLE_ISSUER = 1 << 12
+IORING_SETUP_DEFER_TASKRUN = 1 << 13
+IORING_ENTER_GETEVENTS = 1 << 0
 IORING_FEAT_SINGLE_MMAP = 1 << 0
 IORING_FEAT_NODROP = 1 << 1
 IORING_OFF_SQ_RING = 0
@@ -55,7 +58,7 @@ SQE = struct.Struct("<BBHiQQIIQQQQ")
 CQE = struct.Struct("<QiI")
 # struct io_uring_params: sq_entries, cq_entries, flags, sq_thread_cpu, sq_thread_idle,
 # features, wq_fd, resv[3]; then struct io_sqring_offsets and struct io_cqring_offsets
-PARAMS_SIZE, PARAMS_FEATURES, PARAMS_SQ_OFF, PARAMS_CQ_OFF = 120, 20, 40, 80
+PARAMS_SIZE, PARAMS_FLAGS, PARAMS_FEATURES, PARAMS_SQ_OFF, PARAMS_CQ_OFF = 120, 8, 20, 40, 80
 # io_sqring_offsets: head, tail, ring_mask, ring_entries, flags, dropped, array, ...
 SQ_OFFSETS = struct.Struct("<7I")
 # io_cqring_offsets: head, tail, ring_mask, ring_entries, overflow, cqes, ...
@@ -161,14 +164,28 @@ def _acquire() -> None:
                 pass
 
 
+def _set_up(entries: int) -> tuple[int, Any]:
+    """The ring's descriptor and its parameters."""
+    params = ctypes.create_string_buffer(PARAMS_SIZE)
+    # Else each completion that a kernel worker has interrupts us, and costs a switch. Linux 6.1.
+    flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN
+    struct.pack_into("<I", params, PARAMS_FLAGS, flags)
+    try:
+        return _call(SYS_IO_URING_SETUP, entries, params), params
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+    params = ctypes.create_string_buffer(PARAMS_SIZE)
+    return _call(SYS_IO_URING_SETUP, entries, params), params
+
+
 class Ring:
     """An io_uring. OSError from the constructor: not here (ENOSYS, EPERM, ENOMEM, ...)."""
 
     def __init__(self, entries: int, complete: Complete, *, patience: int = PATIENCE) -> None:
         self._complete = complete
         self._patience = patience
-        params = ctypes.create_string_buffer(PARAMS_SIZE)
-        self._fd = _call(SYS_IO_URING_SETUP, entries, params)
+        self._fd, params = _set_up(entries)
         try:
             self._check(params.raw)
             self._map(params.raw)
@@ -255,7 +272,9 @@ class Ring:
         while todo:
             # Fewer than asked for: an entry was refused, and its completion says why.
             try:
-                taken = _call(SYS_IO_URING_ENTER, self._fd, todo, 0, 0, None, 0)
+                taken = _call(
+                    SYS_IO_URING_ENTER, self._fd, todo, 0, IORING_ENTER_GETEVENTS, None, 0
+                )
             except InterruptedError:
                 continue
             if not taken:
@@ -313,6 +332,11 @@ class Ring:
 
     async def wait(self) -> None:
         await trio.lowlevel.wait_readable(self._fd)
+        # Deferred completions come into the queue when we ask for them.
+        try:
+            _call(SYS_IO_URING_ENTER, self._fd, 0, 0, IORING_ENTER_GETEVENTS, None, 0)
+        except InterruptedError:
+            pass
 
     def close(self) -> None:
         if self._fd >= 0:

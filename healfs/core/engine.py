@@ -16,8 +16,7 @@ import logging
 import math
 import os
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +26,7 @@ from healfs.core.order import Order
 from healfs.core.outage import Outage
 from healfs.core.policy import Action, Policy
 from healfs.core.prober import FIRST_PAUSE, Prober
+from healfs.core.queues import Queues
 from healfs.core.replay import Replay, covers, patch
 from healfs.core.request import Kind, Phase, Request
 from healfs.core.retries import Retries
@@ -109,25 +109,19 @@ class Engine:
         self.can_flush = True
         rng = rng or random.Random()
         self._order = 0
-        self._in_flight: dict[int, Request] = {}
-        self._parked: OrderedDict[int, Request] = OrderedDict()  # may be sent, oldest first
-        self._waiting: dict[int, Request] = {}  # behind an older overlapping write
         self._retries = Retries(rng, self.limits.failed_retries_per_second)
-        self._no_room: OrderedDict[int, Request] = OrderedDict()  # writes, for room in the log
+        self._queues = Queues(self._retries)
         self._writes = Order()  # those not out of the backend's hands yet
         self._overlays: dict[int, list[tuple[int, bytes]]] = {}  # of reads in flight, by order
         self._unsettled = Unsettled(self.log)
         self._fencing: list[Attempt] | None = None  # what a success of the running fence settles
         self._fence_at: float | None = None
-        self._undecided: dict[int, Request] = {}  # failed with one of these; the probe is out
         self._probing = False
         self._replay = Replay()
         self._replaying = False  # begun, or waiting for what is in flight
         self._replay_at: float | None = None  # try again to write what is suspect
         self._replay_pause = 0.0
         self._flush: Request | None = None  # the one flush in flight: the engine's own
-        self._flush_waits: dict[int, Request] = {}  # the guest's, for the next flush
-        self._flush_covers: dict[int, Request] = {}  # the guest's, answered with the one in flight
         self._pinned: list[Slot] = []  # payloads of attempts on the connection that was lost
         self._accept = False  # the operator accepts another disk
         self._recovered: dict[int, Request] = {}  # an earlier worker's, by tag
@@ -185,18 +179,22 @@ class Engine:
 
     def _wait(self, request: Request) -> None:
         request.phase = WAITING
-        self._waiting[request.order] = request
+        self._queues.waiting[request.order] = request
+
+    def _park_again(self, request: Request) -> None:
+        request.phase = PARKED
+        self._queues.park_again([request])
 
     def _may_send(self) -> bool:
         return (
             self.state is State.READY
-            and not self._parked
-            and len(self._in_flight) < self.limits.in_flight
+            and not self._queues.parked
+            and len(self._queues.in_flight) < self.limits.in_flight
         )
 
     def _park(self, request: Request) -> None:
         request.phase = PARKED
-        self._parked[request.order] = request
+        self._queues.parked[request.order] = request
         if self._outage.since is not None:
             self._outage.waited += 1
 
@@ -209,9 +207,9 @@ class Engine:
             self._send_flush(request, now)
             return
         else:
-            if request.record < 0 and (self._no_room or not self.log.enter(request)):
+            if request.record < 0 and (self._queues.no_room or not self.log.enter(request)):
                 request.phase = PARKED
-                self._no_room[request.order] = request
+                self._queues.no_room[request.order] = request
                 self._flush_log()
                 return
             if len(self._unsettled) and self._unsettled.block(request):
@@ -220,7 +218,7 @@ class Engine:
         request.phase = IN_FLIGHT
         request.sent = now
         request.attempts += 1
-        self._in_flight[request.order] = request
+        self._queues.in_flight[request.order] = request
         if self._alarm is None or now + self._silence < self._alarm:
             self._wake_at(now + self._silence)
         self.effects.send(request)
@@ -235,7 +233,7 @@ class Engine:
             self._judge_failed(request, self._replay.errno or e.EIO, now)
         else:
             request.phase = PARKED
-            self._flush_waits[request.order] = request
+            self._queues.flushes[request.order] = request
             self._flush_log()
 
     def _read_suspects(self, request: Request) -> bool:
@@ -257,7 +255,7 @@ class Engine:
         request.internal = request.answered = True
         request.phase = IN_FLIGHT
         request.sent = now
-        self._in_flight[request.order] = request
+        self._queues.in_flight[request.order] = request
         if self._alarm is None or now + self._silence < self._alarm:
             self._wake_at(now + self._silence)
         self.effects.send(request)
@@ -270,8 +268,8 @@ class Engine:
         if self._flush is not None or self.state is not State.READY or self._replay.latched:
             return
         now = self.clock()
-        self._flush_covers, self._flush_waits = self._flush_waits, {}
-        for request in self._flush_covers.values():
+        self._queues.covered, self._queues.flushes = self._queues.flushes, {}
+        for request in self._queues.covered.values():
             request.phase = IN_FLIGHT
             request.sent = now
             request.attempts += 1
@@ -283,27 +281,27 @@ class Engine:
         if self.state is not State.READY:
             return
         now = self.clock()
-        while self._no_room and len(self._in_flight) < self.limits.in_flight:
-            request = next(iter(self._no_room.values()))
+        while self._queues.no_room and len(self._queues.in_flight) < self.limits.in_flight:
+            request = next(iter(self._queues.no_room.values()))
             if not self.log.enter(request):
                 self._flush_log()
                 break
-            del self._no_room[request.order]
+            del self._queues.no_room[request.order]
             self._send(request, now)
         while (
-            self._parked
-            and len(self._in_flight) < self.limits.in_flight
+            self._queues.parked
+            and len(self._queues.in_flight) < self.limits.in_flight
             and self.state is State.READY
         ):
-            _, request = self._parked.popitem(last=False)
+            _, request = self._queues.parked.popitem(last=False)
             self._send(request, now)
-        if self._flush_waits:
+        if self._queues.flushes:
             self._flush_log()
 
     def completed(self, request: Request, errno: int, data: object = None) -> None:
         """The backend's answer to a request that was sent on this connection."""
         try:
-            if self._in_flight.pop(request.order, None) is not request:
+            if self._queues.in_flight.pop(request.order, None) is not request:
                 raise RuntimeError(f"a second completion of {request}")
             self._last_answer = self.clock()
             if request.internal:
@@ -316,9 +314,9 @@ class Engine:
                 self._answered_again(request)
             if self._replaying:
                 self._pump_replay()
-            elif self._parked or self._no_room or self._flush_waits:
+            elif self._queues.parked or self._queues.no_room or self._queues.flushes:
                 self._send_parked()
-            if self._draining and not self._in_flight:
+            if self._draining and not self._queues.in_flight:
                 self._drained()
         except Exception:
             self._fault("completed")
@@ -372,7 +370,7 @@ class Engine:
 
     def _unblocked(self, request: Request) -> bool:
         """It waits for nobody any more. True: it was answered meanwhile, and is to be retired."""
-        del self._waiting[request.order]
+        del self._queues.waiting[request.order]
         if request.answered:
             return True
         if self._may_send():
@@ -395,11 +393,7 @@ class Engine:
     def _give_up(self, request: Request, errno: int, data: object = None) -> None:
         parked = request.phase is PARKED
         if parked:
-            self._parked.pop(request.order, None)
-            self._retries.discard(request)
-            self._no_room.pop(request.order, None)
-            self._flush_waits.pop(request.order, None)
-            self._undecided.pop(request.order, None)
+            self._queues.forget_parked(request)
         self._answer(request, errno, data)
         if parked:
             self._retire(request)
@@ -407,25 +401,12 @@ class Engine:
     def fail_all(self, errno: int = e.EIO) -> dict[str, dict[str, int]]:
         """Answer everything with an error; returns what was given up: {kind: {requests, bytes}}."""
         given_up: dict[str, dict[str, int]] = {}
-        for request in list(self._unanswered()):
+        for request in list(self._queues.unanswered()):
             entry = given_up.setdefault(request.kind.name.lower(), {"requests": 0, "bytes": 0})
             entry["requests"] += 1
             entry["bytes"] += request.length
             self.cancel(request, errno)
         return given_up
-
-    def _unanswered(self) -> Iterator[Request]:
-        for group in (
-            self._in_flight,
-            self._flush_covers,
-            self._parked,
-            self._waiting,
-            self._no_room,
-            self._flush_waits,
-            self._undecided,
-        ):
-            yield from (r for r in group.values() if not r.answered)
-        yield from (r for r in self._retries if not r.answered)
 
     # --- errors and the policy --------------------------------------------------------------
 
@@ -447,12 +428,12 @@ class Engine:
                 self._answer(request, errors.for_guest(errno), None)
                 self._retire(request)
             case ErrorClass.LOST:
-                self._in_flight[request.order] = request  # parked with all the others
+                self._queues.in_flight[request.order] = request  # parked with all the others
                 self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
             case ErrorClass.FAILED if errno in self.ambiguous:
                 request.phase = PARKED
                 request.errno = errno
-                self._undecided[request.order] = request
+                self._queues.undecided[request.order] = request
                 self._probe()
             case ErrorClass.FAILED:
                 self._judge_failed(request, errno, self.clock())
@@ -469,7 +450,7 @@ class Engine:
             if away and self.link_up:
                 self._lose(e.ENODEV, away)
                 return
-            undecided, self._undecided = self._undecided, {}
+            undecided, self._queues.undecided = self._queues.undecided, {}
             now = self.clock()
             for request in undecided.values():
                 self._judge_failed(request, request.errno, now)
@@ -491,7 +472,7 @@ class Engine:
         if action is Action.RETRY:
             self._wake_at(self._retries.add(request, self.policy.of(request.kind), now))
         elif action is Action.STOP:
-            self._park_again([request])
+            self._park_again(request)
             self._stop_by_policy(errno)
         else:
             self._act(request, action, errno)
@@ -524,7 +505,7 @@ class Engine:
         actions = [self.policy.of(kind).decide(kind, errno, age) for kind in Kind]
         if all(action is Action.RETRY for action in actions):
             return
-        for request in sorted(self._unanswered(), key=_age):
+        for request in sorted(self._queues.unanswered(), key=_age):
             self._judge_in_outage(request, now)
 
     def set_policy(self, policy: Policy) -> None:
@@ -585,7 +566,7 @@ class Engine:
         self._save()
         self.effects.event("STOP", {})
         self._draining = True
-        if not self._in_flight:
+        if not self._queues.in_flight:
             self._drained()
 
     def _drained(self) -> None:
@@ -685,7 +666,7 @@ class Engine:
 
     def _ready(self, now: float) -> None:
         self._move(State.READY, "")
-        if not any(True for _ in self._unanswered()):
+        if not any(True for _ in self._queues.unanswered()):
             self._end_outage(now)
         self._send_parked()
 
@@ -745,7 +726,9 @@ class Engine:
         now = self.clock()
         self.link_up = False
         log.info(
-            "lost with %d in flight, %d entries in the log", len(self._in_flight), len(self.log)
+            "lost with %d in flight, %d entries in the log",
+            len(self._queues.in_flight),
+            len(self.log),
         )
         self._begin_outage(now, errno, reason, now)
         self._stop_replay()
@@ -753,28 +736,27 @@ class Engine:
         self._overlays.clear()
         self.log.lost()
         self._replay.wanted = True
-        in_flight, self._in_flight = self._in_flight, {}
+        flying = self._queues.take_flying()
         self.effects.close()
-        taken = [request for request in in_flight.values() if self.effects.taken(request)]
+        taken = [request for request in flying.values() if self.effects.taken(request)]
         self._remember_attempts(taken, now)
-        for request in in_flight.values():
+        for request in flying.values():
             owner = request.origin.owner if request.origin else request.owner
             if owner is not None and not owner.pinned:
                 owner.pinned = True
                 self._pinned.append(owner)
         again = []
-        for request in in_flight.values():
+        for request in flying.values():
             if request.internal:
                 request.phase = DONE
             elif request.answered:
                 self._retire(request)
             else:
                 again.append(request)
-        again += self._retries.take_all(now)
-        for group in (self._no_room, self._flush_covers, self._flush_waits, self._undecided):
-            again += [request for request in group.values() if not request.answered]
-            group.clear()
-        self._park_again(again)
+        again += self._queues.take_held_up(now)
+        for request in again:
+            request.phase = PARKED
+        self._queues.park_again(again)
         self._outage.waited += len(again)
         self.totals.retries += len(again)
         if self._draining:
@@ -838,17 +820,10 @@ class Engine:
         else:
             self.try_now()
 
-    def _park_again(self, requests: list[Request]) -> None:
-        """Back into the queue, oldest first (the seed series sent them last-in first-out)."""
-        for request in requests:
-            request.phase = PARKED
-            self._parked[request.order] = request
-        self._parked = OrderedDict(sorted(self._parked.items()))
-
     def _begin_outage(self, now: float, errno: int, reason: str, since: float) -> None:
         if self._outage.begin(since, errno):
             self._save()
-            oldest = next(self._unanswered(), None)
+            oldest = next(self._queues.unanswered(), None)
             kind = oldest.kind if oldest else WRITE
             action = self.policy.of(kind).decide(kind, errno, now - since)
             self._io_error(kind, errno, action)
@@ -894,12 +869,12 @@ class Engine:
             return
         replay, now = self._replay, self.clock()
         if not replay.running:
-            if self._in_flight:
+            if self._queues.in_flight:
                 return  # it wants the disk for itself
             if replay.wanted:
                 self.log.lost()  # what completed since is part of it, and may be refused
             replay.begin(self.log.unflushed())
-        while len(self._in_flight) < self.limits.in_flight:
+        while len(self._queues.in_flight) < self.limits.in_flight:
             piece = replay.next(self.align, self._unsettled, _nobody)
             if piece is None:
                 break
@@ -915,7 +890,7 @@ class Engine:
         if errno in self.ambiguous:
             self._probe()  # what it says comes too late for this one, but not for the next
         if errors.is_lost(errno):
-            self._in_flight[request.order] = request
+            self._queues.in_flight[request.order] = request
             self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
         elif request.kind is FLUSH:
             self._flushed(request, errno)
@@ -926,11 +901,11 @@ class Engine:
 
     def _flushed(self, flush: Request, errno: int) -> None:
         self._flush = None
-        guests, self._flush_covers = self._flush_covers, {}
+        guests, self._queues.covered = self._queues.covered, {}
         if self._replaying and self._replay.flushing:
             self._replay_flushed(flush, errno)
         elif errno:
-            waiting, self._flush_waits = self._flush_waits, {}
+            waiting, self._queues.flushes = self._queues.flushes, {}
             self._flush_failed(errno, [*guests.values(), *waiting.values()])
         else:
             self.log.trim(flush.completed, self._hold())
@@ -938,7 +913,7 @@ class Engine:
                 if not request.answered:
                     self._answer(request, 0, None)
                 request.phase = DONE
-            if self._flush_waits:
+            if self._queues.flushes:
                 self._flush_log()
 
     def _replay_flushed(self, request: Request, errno: int) -> None:
@@ -1080,16 +1055,16 @@ class Engine:
                 self._judge_failed(request, request.errno, now)
                 continue
             self.totals.retries += 1
-            if self.state is State.READY and len(self._in_flight) < self.limits.in_flight:
+            if self.state is State.READY and len(self._queues.in_flight) < self.limits.in_flight:
                 self._send(request, now)
             else:
-                self._park_again([request])
+                self._park_again(request)
 
     def _look_for_silence(self, now: float) -> None:
         """No answer at all is an outage, too; one request may hang while others are answered."""
-        if not self.link_up or not self._in_flight:
+        if not self.link_up or not self._queues.in_flight:
             return
-        oldest = next(iter(self._in_flight.values()))
+        oldest = next(iter(self._queues.in_flight.values()))
         silent_since = max(self._last_answer, oldest.sent)
         if self.state in (State.READY, State.REPLAYING) and now >= silent_since + self._silence:
             reason = f"no answer for {self.slow_after:g} s"
@@ -1098,14 +1073,14 @@ class Engine:
         elif (
             self.state is State.STALLED
             and now >= self._probe_at
-            and self._parked
+            and self._queues.parked
             and not self._replaying  # nothing may overtake the replay
         ):
             # What hangs may be one request only: one new request at a time finds out.
             self._probe_at = now + self._longest_pause()
-            if len(self._in_flight) < self.limits.in_flight:
-                self._send(self._parked.popitem(last=False)[1], now)
-        for request in [*self._flush_covers.values(), *self._in_flight.values()]:
+            if len(self._queues.in_flight) < self.limits.in_flight:
+                self._send(self._queues.parked.popitem(last=False)[1], now)
+        for request in [*self._queues.covered.values(), *self._queues.in_flight.values()]:
             if now - request.sent >= self._silence and not request.answered:
                 self._judge_hanging(request, now)
 
@@ -1140,8 +1115,8 @@ class Engine:
         ]
         if self._outage.since is not None:
             times += [self._outage.since + t for t in timeouts if self._outage.since + t > now]
-        if self._in_flight and self.link_up:
-            oldest = next(iter(self._in_flight.values()))
+        if self._queues.in_flight and self.link_up:
+            oldest = next(iter(self._queues.in_flight.values()))
             times += [oldest.sent + t for t in timeouts if oldest.sent + t > now]
             if self.state in (State.READY, State.REPLAYING):
                 times.append(max(self._last_answer, oldest.sent) + self._silence)
@@ -1190,14 +1165,8 @@ class Engine:
     def status(self) -> dict[str, object]:
         """For `healfs status`: times in seconds."""
         now = self.clock()
-        in_flight = sum(not r.answered for r in self._in_flight.values())
-        in_flight += len(self._flush_covers)
-        unsettled = len(self._unsettled) + sum(  # and what was given up in a hang
-            r.answered and not r.internal for r in self._in_flight.values()
-        )
-        parked = sum(not r.answered for r in self._waiting.values())
-        parked += len(self._parked) + len(self._retries)
-        parked += len(self._no_room) + len(self._flush_waits) + len(self._undecided)
+        in_flight, parked, given_up = self._queues.counts()
+        unsettled = len(self._unsettled) + given_up
         return {
             "state": str(self.state),
             "state_seconds": round(now - self.since, 3),
@@ -1214,7 +1183,7 @@ class Engine:
             "outages": self._outage.as_dict(now),
             "totals": self.totals.as_dict(),
             "limits": {
-                "in_flight": {"used": len(self._in_flight), "limit": self.limits.in_flight},
+                "in_flight": {"used": len(self._queues.in_flight), "limit": self.limits.in_flight},
                 "failed_retries_per_second": {"limit": self.limits.failed_retries_per_second},
             },
         }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends.nbd_servers import NbdServer
+from tests.backends.nbd_servers import NbdServer, wait_until
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent
 from tests.fuse.conftest import SIZE, Opener
@@ -162,6 +162,12 @@ def test_a_disk_that_grew_is_the_same(away: Away) -> None:
     assert away.mount.status()["size"] == SIZE
 
 
+def stopped(pid: int) -> bool:
+    """All its threads: kill(2) returns before they are."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def test_the_connection_that_hangs_is_given_up(
     exchange: Exchange, healfs_mount: Mounter, agent: Opener
 ) -> None:
@@ -170,6 +176,7 @@ def test_the_connection_that_hangs_is_given_up(
     disk = agent(mount.file)
     disk.ok("pwrite", SECOND, WAITING)
     exchange.server.pause()
+    wait_until(lambda: stopped(exchange.server.pid), "the server to stop")
     disk.ask("pwrite", 0, ANSWERED)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     said = mount.run("reconnect", str(mount.mountpoint))
