@@ -38,6 +38,7 @@ from healfs.core.writelog import Attempt, WriteLog, memory_size
 
 log = logging.getLogger("healfs.engine")
 
+TAG_MASK = (1 << 63) - 1  # FUSE sets bit 63 of the unique id of a request that comes again
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
 IN_FLIGHT, PARKED, WAITING, DONE = Phase.IN_FLIGHT, Phase.PARKED, Phase.WAITING, Phase.DONE
@@ -95,6 +96,7 @@ class Engine:
         self.policy = policy
         self.clock = clock
         self.log = _private_log() if log is None else log
+        self.frontend: dict[str, Any] = {}  # what the worker wants its successor to know
         self.settle = settle  # seconds; see core/unsettled.py
         self.fence = fence  # Effects.fence decides, not the settle time
         self.ambiguous = ambiguous  # errnos of which only a probe tells what they mean
@@ -826,6 +828,7 @@ class Engine:
             oldest = next(self._queues.unanswered(), None)
             kind = oldest.kind if oldest else WRITE
             action = self.policy.of(kind).decide(kind, errno, now - since)
+            self._told.clear()  # each outage is told, however soon after the last
             self._io_error(kind, errno, action)
         if self.state in (State.READY, State.REPLAYING):
             self._move(State.STALLED, reason)
@@ -950,8 +953,7 @@ class Engine:
         saved: Any = self.log.saved() or {}
         self._load(saved)
         now = self.clock()
-        self.state = State.STALLED
-        self._ever_connected = True
+        self.state = State.STALLED if self._ever_connected else State.CONNECTING
         self._replay.wanted = True
         for attempt in attempts:
             attempt.until = self._until(now)
@@ -962,7 +964,7 @@ class Engine:
             entry.end += -entry.end % self.align
             entry.answered = True
             self._order = max(self._order, entry.order)
-            self._recovered[entry.tag] = entry
+            self._recovered[entry.tag & TAG_MASK] = entry
         # A replay sends completed ones again.
         replaying = saved.get("replaying", False)
         sent = [entry for entry in found if replaying or not entry.completed]
@@ -977,7 +979,10 @@ class Engine:
         Its bytes may have changed since: what counts is what may be on the disk already, so it
         is answered for, or sent with, the bytes of the first time.
         """
-        if request.kind is READ or (entry := self._recovered.pop(request.tag, None)) is None:
+        if (
+            request.kind is READ
+            or (entry := self._recovered.pop(request.tag & TAG_MASK, None)) is None
+        ):
             return False
         self.log.release(request)
         if entry.completed:
@@ -994,8 +999,12 @@ class Engine:
                 self.log.leave(entry)
         self._recovered = {}
 
+    def save(self, **frontend: object) -> None:
+        """Keep what a successor has to know, with these of the frontend's own."""
+        self.frontend |= frontend
+        self._save()
+
     def _save(self) -> None:
-        """Keep what a successor has to know."""
         self.log.save(
             {
                 "policy": self.policy.as_dict(),
@@ -1003,6 +1012,7 @@ class Engine:
                 "size": self.size,
                 "align": self.align,
                 "outage": self._outage.save(),
+                "frontend": self.frontend,
                 "ever_connected": self._ever_connected,
                 "replaying": self._replaying,
             }
@@ -1015,6 +1025,8 @@ class Engine:
         self.paused_by = saved["paused_by"]
         self.size, self.align = saved["size"], saved["align"]
         self._outage.load(saved["outage"])
+        self._ever_connected = saved["ever_connected"]
+        self.frontend = saved["frontend"]
 
     # --- time -------------------------------------------------------------------------------
 

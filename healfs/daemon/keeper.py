@@ -1,13 +1,13 @@
-"""The keeper: holds the FUSE descriptor, both INIT messages and the control socket, starts the
-worker, mounts and unmounts for it, and cleans up behind it.
+"""The keeper: holds the FUSE descriptor, the INIT request, the write log's memfd and the control
+socket, starts the worker, and another one when it has died, mounts and unmounts for it, and cleans up behind it.
 
 Standard library only, one blocking loop, and it never touches the backend or the mounted files.
 Started by `healfs mount` as `python -m healfs.daemon.keeper READY_FD` with the mount's
 configuration on standard input.
 
 Messages on the socket to the worker are JSON objects, one a packet. From the worker:
-{"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "init", "request": hex, "reply": hex},
-{"do": "ready"}; the first two get a reply, {"ok": true} (a mount's with the descriptor) or
+{"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "init", "request": hex, "resend": bool},
+{"do": "alive"}; the first two get a reply, {"ok": true} (a mount's with the descriptor) or
 {"error": text, "errno": n}. To the worker: {"event": "terminate"}.
 """
 
@@ -31,6 +31,7 @@ from healfs.fuse import mount
 STOP_SECONDS = 5.0  # an orderly end takes at most this long
 PR_SET_IO_FLUSHER = 57
 OOM_SCORE = -900
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # before a worker that died at once is started again
 PACKET = 1 << 16
 
 
@@ -41,7 +42,11 @@ class Keeper:
         self.ready = ready
         self.mountpoint = str(config["mountpoint"])
         self.fuse = -1
-        self.init: dict[str, str] = {}
+        self.init = ""  # the INIT request, in hex, for a worker that takes over
+        self.resend = False  # the kernel can send unanswered requests again
+        self.restarts = 0
+        self.pause = 0.0
+        self.alive = False  # the worker has answered something since its start
         self.log = "stderr"
         self.kill_at: float | None = None
 
@@ -97,35 +102,68 @@ class Keeper:
             signal.signal(number, lambda *_: None)
         if not self.config.get("foreground"):
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener = listener
         self.memory = os.memfd_create("healfs-log", os.MFD_CLOEXEC)
+        self.wake = wake_read
+        self._start_worker()
+        while True:
+            status = self._watch_worker()
+            if status is None:
+                self._start_worker()
+            else:
+                return status
+
+    def _start_worker(self) -> None:
+        """The first one mounts; a later one takes over the mount and the log."""
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = {
-            "listener": listener.fileno(),
+            "listener": self.listener.fileno(),
             "keeper": theirs.fileno(),
             "ready": self.ready,
             "memory": self.memory,
+            "fuse": self.fuse,
         }
         self.worker = subprocess.Popen(
             [sys.executable, "-m", "healfs.daemon.worker", json.dumps(fds)],
-            pass_fds=tuple(fds.values()),
+            pass_fds=tuple(fd for fd in fds.values() if fd >= 0),
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
-        os.close(self.ready)  # the worker's now: its death is seen as the end of the pipe
-        self._tell({"config": self.text, "log": self.log, "directory": str(self.claim.directory)})
+        if self.ready >= 0:
+            os.close(self.ready)  # the worker's now: its death is seen as the end of the pipe
+            self.ready = -1
+        self._tell(
+            {
+                "config": self.text,
+                "log": self.log,
+                "directory": str(self.claim.directory),
+                "init": self.init,
+                "restarts": self.restarts,
+            }
+        )
+        self.alive = False
+        if self.fuse >= 0:
+            self._record()
+
+    def _watch_worker(self) -> int | None:
+        """Until it ends: the keeper's exit status, or None to start another one."""
         pidfd = os.pidfd_open(self.worker.pid)
         poll = select.poll()
-        for fd in wake_read, pidfd, self.socket.fileno():
+        for fd in self.wake, pidfd, self.socket.fileno():
             poll.register(fd, select.POLLIN)
         while True:
             wait = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
             events = dict(poll.poll(None if wait is None else wait * 1000))
-            if wake_read in events:
-                os.read(wake_read, 64)
+            if self.wake in events:
+                os.read(self.wake, 64)
                 self._terminate()
             if self.socket.fileno() in events and not self._message():
                 poll.unregister(self.socket.fileno())
             if pidfd in events:
+                os.close(pidfd)
+                while self._message():
+                    pass  # what it said last
+                self.socket.close()
                 return self._worker_ended(self.worker.wait())
             if self.kill_at is not None and time.monotonic() >= self.kill_at:
                 self.say("the worker did not end in time: killed")
@@ -156,7 +194,9 @@ class Keeper:
             case "umount":
                 self._unmount(bool(message["lazy"]))
             case "init":
-                self.init = {"request": message["request"], "reply": message["reply"]}
+                self.init, self.resend = message["request"], message["resend"]
+            case "alive":
+                self.alive = True
         return True
 
     def _mount(self) -> None:
@@ -168,18 +208,21 @@ class Keeper:
                 allow_other=bool(self.config["allow_other"]),
                 read_only=bool(self.config["read_only"]),
             )
-            self.claim.record(
-                mountpoint=self.mountpoint,
-                file=os.path.join(self.mountpoint, str(self.config["name"])),
-                source=source,
-                keeper=os.getpid(),
-                worker=self.worker.pid,
-                log=self.log,
-            )
+            self._record()
         except (OSError, subprocess.TimeoutExpired) as exc:
             self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
         else:
             self._tell({"ok": True}, (self.fuse,))
+
+    def _record(self) -> None:
+        self.claim.record(
+            mountpoint=self.mountpoint,
+            file=os.path.join(self.mountpoint, str(self.config["name"])),
+            source=str(self.config["source"]),
+            keeper=os.getpid(),
+            worker=self.worker.pid,
+            log=self.log,
+        )
 
     def _unmount(self, lazy: bool) -> None:
         try:
@@ -204,15 +247,24 @@ class Keeper:
         os.close(self.fuse)  # the last descriptor's end aborts the connection, too
         self.fuse = -1
 
-    def _worker_ended(self, status: int) -> int:
+    def _worker_ended(self, status: int) -> int | None:
+        """None: another one is to be started."""
         if status == 0:
             return 0
         if self.fuse < 0:
             return status if status == 2 else 1  # it said why on the ready pipe
         how = f"signal {-status}" if status < 0 else f"status {status}"
-        self.say(f"the worker ended with {how}: {self.mountpoint} is taken away")
-        self._abort()
-        return 1
+        if not (self.init and self.resend) or self.kill_at is not None:
+            self.say(f"the worker ended with {how}: {self.mountpoint} is taken away")
+            self._abort()
+            return 1
+        # One that dies before it has answered anything will do so again: not hammered.
+        self.pause = 0.0 if self.alive else min(LONGEST_PAUSE, self.pause * 2 or FIRST_PAUSE)
+        self.restarts += 1
+        self.say(f"the worker ended with {how}: another one is started in {self.pause:g} s")
+        if self.pause:
+            select.select([self.wake], [], [], self.pause)
+        return None
 
 
 def _kernel_manners() -> None:

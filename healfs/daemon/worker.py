@@ -2,7 +2,7 @@
 
 Started by the keeper as `python -m healfs.daemon.worker FDS`, FDS a JSON object of descriptors:
 listener (the control socket), keeper (the socket to it), ready (the pipe to `healfs mount`),
-memory (the memfd of the write log).
+memory (the memfd of the write log), fuse (of a mount that an earlier worker had, else -1).
 """
 
 from __future__ import annotations
@@ -52,15 +52,14 @@ LOOK_SECONDS = 1.0  # between two looks at who waits
 class Worker:
     """Is the engine's Effects, too."""
 
-    def __init__(
-        self, config: MountConfig, parent: Parent, ready: int, listener: int, log_memory: int
-    ) -> None:
+    def __init__(self, config: MountConfig, parent: Parent, fds: dict[str, int]) -> None:
         self.config = config
         self._fence_wanted = trio.Event()
         self._probe_wanted = trio.Event()
         self.parent = parent
-        self.ready = ready
-        self.listener = socket.socket(fileno=listener)
+        self.fuse = fds["fuse"]
+        self.ready = fds["ready"]
+        self.listener = socket.socket(fileno=fds["listener"])
         self.started = time.time()
         self.backend: Backend = sources.backend_for(config)
         self.geometry: Geometry | None = None
@@ -69,7 +68,7 @@ class Worker:
             self,
             config.policy,
             time.monotonic,
-            _write_log(config, log_memory),
+            _write_log(config, fds["memory"]),
             slow_after=config.slow_after,
             settle=settle,
             fence=config.fence is not None,
@@ -83,6 +82,7 @@ class Worker:
         self._alarm_at = math.inf
         self._somebody_waits = trio.Event()
         self._ending = trio.Lock()
+        self._alive = False  # something was answered, and the keeper told
         self.ended = trio.Event()
 
     # --- Effects ----------------------------------------------------------------------------
@@ -154,6 +154,9 @@ class Worker:
 
     async def _mount(self) -> int | None:
         """None when mounted, else the exit status (the reason was reported)."""
+        if self.parent.greeting["init"]:
+            self._take_over()
+            return None
         try:
             size = self.config.size
             if not self.config.no_wait or size is None:
@@ -165,11 +168,31 @@ class Worker:
             status = 2 if isinstance(exc, SourceError) else 1
             self.report(event="error", message=str(exc), status=status)
             return status
-        read_only = self.config.read_only
         self.engine.size = size
+        self._open_channel(fuse)
+        self.engine.save(namespace=self.namespace.save(), identity=self._identity())
+        return None
+
+    def _take_over(self) -> None:
+        """An earlier worker has died: its mount is mounted, its log is in the memory."""
+        self.backend.resumed()
+        self.engine.take_over()
+        saved = self.engine.frontend
+        if saved.get("identity") is not None:
+            self.geometry = Geometry(self.engine.size, identity=saved["identity"])
+        self._open_channel(self.fuse)
+        if "namespace" in saved:
+            self.namespace.load(saved["namespace"])
+        self.channel.resume(bytes.fromhex(self.parent.greeting["init"]))
+
+    def _identity(self) -> dict[str, str] | None:
+        return None if self.geometry is None else self.geometry.identity
+
+    def _open_channel(self, fuse: int) -> None:
+        read_only = self.config.read_only
         self.channel = Channel(
             fuse,
-            size,
+            self.engine.size,
             self.engine,
             self.commit,
             self._seek,
@@ -179,10 +202,13 @@ class Worker:
         self.channel.on_init = self._save_init
         self.channel.on_interrupt = self._interrupted
         self.channel.on_held = self._held
-        self.namespace = Namespace(self.config.name, size, read_only=read_only)
+        self.namespace = Namespace(self.config.name, self.engine.size, read_only=read_only)
+        self.namespace.on_change = self._namespace_changed
         options = set(pyfuse3.default_options)
         pyfuse3.init(self.namespace, f"/dev/fd/{self.channel.theirs.fileno()}", options)
-        return None
+
+    def _namespace_changed(self) -> None:
+        self.engine.save(namespace=self.namespace.save())
 
     async def _first_connection(self) -> Geometry:
         """Wait for an absent server, as long as it takes. Raises SourceError."""
@@ -228,12 +254,18 @@ class Worker:
         if geometry and not (geometry.can_flush and geometry.volatile_cache):
             off = commands.why_no_log(geometry)
         self.report(event="ready", file=file, notes=notes, write_log_off=off)
+        if self.ready < 0:
+            log.info("worker %d of this mount", self.parent.greeting["restarts"] + 1)
+            return
         os.close(self.ready)
         self.ready = -1
         log.info("mounted %s on %s, %d bytes", self.config.source, file, self.engine.size)
 
     def _save_init(self, request: bytes, reply: bytes) -> None:
-        self.parent.tell({"do": "init", "request": request.hex(), "reply": reply.hex()})
+        resend = wire.offers_resend(request)
+        self.parent.tell({"do": "init", "request": request.hex(), "resend": resend})
+        if not resend:
+            log.warning("this kernel is older than 6.9: the death of the worker is not survived")
 
     # --- tasks ------------------------------------------------------------------------------
 
@@ -264,12 +296,17 @@ class Worker:
     def commit(self) -> None:
         """End of a batch of requests."""
         self.backend.commit()
+        if not self._alive and any(self.engine.totals.requests):
+            self._alive = True
+            self.parent.tell({"do": "alive"})
 
     async def _link(self) -> None:
         """One connection after the other, as the engine asks for them."""
-        if self.geometry is not None:
+        if self.engine.state is State.CONNECTING and self.geometry is not None:
             self._connected(self.geometry)
         else:
+            if self.channel.resuming is not None:
+                await self.channel.resuming.wait()
             self.engine.start()
         while True:
             if self.engine.link_up:
@@ -313,6 +350,7 @@ class Worker:
         )
         if self.engine.link_up:
             self.geometry = geometry
+            self.engine.save(identity=geometry.identity)
         self.commit()
 
     async def _probe(self) -> None:
@@ -475,7 +513,10 @@ def _write_log(config: MountConfig, fd: int) -> WriteLog:
     size = memory_size(config.log_size, config.log_entries)
     if os.fstat(fd).st_size == 0:
         os.ftruncate(fd, size)
-    memory = memoryview(mmap.mmap(fd, size))
+    # Populated: a SIGKILL while the kernel copies a payload into a page that is not there yet
+    # would make the guest see EIO.
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    memory = memoryview(mmap.mmap(fd, size, flags=flags))
     return WriteLog(memory, config.log_entries, wire.MAX_WRITE + PAGE)
 
 
@@ -496,7 +537,8 @@ def main() -> int:
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)  # the keeper gets them, and tells us
     for fd in fds.values():
-        os.set_inheritable(fd, False)
+        if fd >= 0:
+            os.set_inheritable(fd, False)
     return trio.run(_main, fds)
 
 
@@ -507,10 +549,11 @@ async def _main(fds: dict[str, int]) -> int:
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(sources.exclusive(config))
-            worker = Worker(config, parent, fds["ready"], fds["listener"], fds["memory"])
+            worker = Worker(config, parent, fds)
         except SourceError as exc:
             report = {"event": "error", "message": str(exc), "status": 2}
-            os.write(fds["ready"], json.dumps(report).encode() + b"\n")
+            if fds["ready"] >= 0:
+                os.write(fds["ready"], json.dumps(report).encode() + b"\n")
             return 2
         return await worker.run()
 

@@ -33,6 +33,7 @@ class Sink(Protocol):
 
     def submit(self, request: Request) -> None: ...
     def cancel(self, request: Request, errno: int = e.EINTR) -> None: ...
+    def resent(self) -> None: ...
 
 
 # (offset, whence) -> the offset of the next data or hole; None: cannot tell, all is data
@@ -75,8 +76,13 @@ class Channel:
         for end in self._ours, self.theirs:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PASSED_ON)
             end.setblocking(False)
+        self._read_count = 0
         self._opens: set[int] = set()  # uniques of OPEN requests, whose replies get flags
         self._init = b""
+        self._swallow: int | None = None  # unique of the INIT whose reply the kernel has had
+        self.resuming: trio.Event | None = None  # set when all that came again was handed on
+        self._greeted = trio.Event()  # pyfuse3 has answered it
+        self._again: list[tuple[Request, int]] | None = None  # being collected: see _take_over
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -91,6 +97,8 @@ class Channel:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._replies_of_pyfuse3)
+            if self._swallow is not None:
+                await self._take_over()
             while True:
                 await trio.lowlevel.wait_readable(self.fuse)
                 alive = self._drain()
@@ -99,6 +107,34 @@ class Channel:
                     break
                 await trio.lowlevel.checkpoint_if_cancelled()
             nursery.cancel_scope.cancel()
+
+    def resume(self, init: bytes) -> None:
+        """The file system is mounted already: `init` is the INIT request an earlier worker saved."""
+        self._swallow = wire.IN_HEADER.unpack_from(init)[2]
+        self.resuming = trio.Event()
+        self._ours.send(init)
+
+    async def _take_over(self) -> None:
+        """Have every unanswered request sent again, and hand them on, the oldest first."""
+        await self._greeted.wait()
+        self._again = []
+        self._send((wire.OUT_HEADER.pack(16, wire.NOTIFY_RESEND, 0),))
+        while self._drain_one_batch():
+            pass
+        again, self._again = self._again, None
+        again.sort(key=lambda pair: pair[0].tag & ~wire.RESEND_BIT)
+        for request, pid in again:
+            self._hold(request, pid)
+        log.info("%d requests came again", len(again))
+        self.sink.resent()
+        self.commit()
+        assert self.resuming is not None
+        self.resuming.set()
+
+    def _drain_one_batch(self) -> bool:
+        """Whether there may be more."""
+        before = self._read_count
+        return self._drain() and self._read_count - before == BATCH
 
     def _drain(self) -> bool:
         """Read up to a batch; False when the mount is gone."""
@@ -115,6 +151,7 @@ class Channel:
                 if exc.errno in (e.ENOENT, e.EINTR):  # the request was withdrawn meanwhile
                     continue
                 raise
+            self._read_count += 1
             _, opcode, unique, _, _, _, pid, _, _ = unpack(header)
             if opcode == wire.READ:
                 self._read(unique, pid)
@@ -127,6 +164,9 @@ class Channel:
         return True
 
     def _hold(self, request: Request, pid: int) -> None:
+        if self._again is not None:
+            self._again.append((request, pid))
+            return
         self.held[request.tag] = request
         request.caller = pid  # what is in flight now may have to wait later
         self.sink.submit(request)
@@ -275,6 +315,10 @@ class Channel:
             if not reply:
                 return
             _, error, unique = wire.OUT_HEADER.unpack_from(reply)
+            if unique == self._swallow:
+                self._swallow = None
+                self._greeted.set()
+                continue
             if unique in self._opens:
                 self._opens.discard(unique)
                 if not error:

@@ -6,12 +6,14 @@ import errno as e
 import os
 import stat
 import time
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import pyfuse3
 
 ROOT = pyfuse3.ROOT_INODE
 DISK = pyfuse3.InodeT(2)
+SAVED = ("mode", "uid", "gid", "atime", "mtime", "ctime")
 CACHE_SECONDS = 3600  # nothing changes behind the kernel's back
 
 
@@ -26,6 +28,15 @@ class Namespace(pyfuse3.Operations):
         self.mode = 0o400 if read_only else 0o600
         self.uid, self.gid = os.geteuid(), os.getegid()
         self.atime = self.mtime = self.ctime = time.time_ns()
+        self.on_change: Callable[[], None] = lambda: None
+
+    def save(self) -> dict[str, int]:
+        """What was changed by chmod, chown and utimes, for a successor."""
+        return {name: getattr(self, name) for name in SAVED}
+
+    def load(self, saved: Mapping[str, int]) -> None:
+        for name in SAVED:
+            setattr(self, name, saved[name])
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         attr = pyfuse3.EntryAttributes()
@@ -77,6 +88,7 @@ class Namespace(pyfuse3.Operations):
             if fields.update_mtime:
                 self.mtime = attr.st_mtime_ns
             self.ctime = time.time_ns()
+            self.on_change()
         return self._attributes(inode)
 
     async def open(

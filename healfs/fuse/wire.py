@@ -41,6 +41,7 @@ MAX_WRITE = 1 << 20
 
 # fuse_init_in: major, minor, max_readahead, flags, flags2, ...
 INIT_IN_FLAGS_AT = 52
+INIT_IN_FLAGS2_AT = 56
 # fuse_init_out: major, minor, max_readahead, flags, max_background (u16),
 # congestion_threshold (u16), max_write, time_gran, max_pages (u16), map_alignment (u16), flags2
 INIT_OUT_FLAGS_AT = 28
@@ -58,12 +59,21 @@ FOPEN_DIRECT_IO = 1 << 0
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 MAX_BACKGROUND = 65535
 
+NOTIFY_RESEND = 7  # Linux 6.9 and later
+RESEND_BIT = 1 << 63  # of the unique id of a request that comes again
+
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
 FALLOC_ZERO_RANGE = 0x10
 SEEK_DATA = os.SEEK_DATA
 SEEK_HOLE = os.SEEK_HOLE
 O_DSYNC = os.O_DSYNC  # O_SYNC contains this bit
+
+
+def offers_resend(init: bytes) -> bool:
+    """Does the kernel that sent this INIT request know FUSE_NOTIFY_RESEND?"""
+    (flags2,) = struct.unpack_from("<I", init, INIT_IN_FLAGS2_AT)
+    return bool(flags2 & HAS_RESEND_FLAGS2)
 
 
 def without_splice(init: bytearray) -> None:
