@@ -40,7 +40,10 @@ class AlignedBackend(Backend):
         self._block = geometry.minimum_block
         self._mask = self._block - 1
         if self._block == 1:
+            # Nothing to do here: a call saved for each request.
+            self.submit = self._inner.submit  # type: ignore[method-assign]
             return geometry
+        self.__dict__.pop("submit", None)
         notes = geometry.notes
         size = geometry.size - geometry.size % self._block
         if size != geometry.size:

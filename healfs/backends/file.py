@@ -52,6 +52,9 @@ FALLOC_FL_ZERO_RANGE = 0x10
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
 
+# An enum's member is looked up through its metaclass, and these are wanted for each request.
+READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
+
 _log = logging.getLogger(__name__)
 
 
@@ -95,11 +98,11 @@ class _Session:
         if not self._alive:
             return
         kind = request.kind
-        if kind == Kind.READ:
+        if kind is READ:
             self._read(request, done)
-        elif kind == Kind.WRITE:
+        elif kind is WRITE:
             self._write(request, done)
-        elif kind == Kind.FLUSH:
+        elif kind is FLUSH:
             self._flush(request, done)
         elif not request.length:
             self._answers.append((request, done, 0))
@@ -169,16 +172,16 @@ class _Session:
             if error == errno.EOPNOTSUPP and transfer.modes:
                 self._allocate(transfer)
                 return
-        elif transfer.opcode in (IORING_OP_READ, IORING_OP_WRITE):
-            if result < transfer.length and self._go_on(transfer, result):
+        elif transfer.opcode == IORING_OP_FALLOCATE:
+            if request.fua:
+                self._flush(request, transfer.done)
                 return
-            if result < transfer.length:
-                error = errno.EIO
-                self._report_short(transfer)
-        elif transfer.opcode == IORING_OP_FALLOCATE and request.fua:
-            self._flush(request, transfer.done)
-            return
-        if request.kind == Kind.READ and buffer is not None and not error:
+        elif result < transfer.length:
+            if self._go_on(transfer, result):
+                return
+            error = errno.EIO
+            self._report_short(transfer)
+        if request.kind is READ and buffer is not None and not error:
             transfer.done(request, 0, buffer.view[: request.length])
         else:
             transfer.done(request, error, None)
@@ -211,7 +214,7 @@ class _Session:
                 answers, self._answers = self._answers, []
                 for request, done, error in answers:
                     if self._alive:
-                        done(request, error, b"" if request.kind == Kind.READ else None)
+                        done(request, error, b"" if request.kind is READ else None)
                 self._start()
                 if not self._alive or not (self.queue.reap() or self._answers):
                     break

@@ -40,6 +40,7 @@ log = logging.getLogger("healfs.engine")
 
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
+READY = State.READY
 IN_FLIGHT, PARKED, WAITING, DONE = Phase.IN_FLIGHT, Phase.PARKED, Phase.WAITING, Phase.DONE
 
 
@@ -170,7 +171,12 @@ class Engine:
                 if self._outage.since is not None:
                     self._judge_in_outage(request, now)
                 return
-        if self._may_send():
+        queues = self._queues  # _may_send, at the cost of no call
+        if (
+            self.state is READY
+            and not queues.parked
+            and len(queues.in_flight) < self.limits.in_flight
+        ):
             self._send(request, now)
             return
         self._park(request)
@@ -219,7 +225,8 @@ class Engine:
         request.sent = now
         request.attempts += 1
         self._queues.in_flight[request.order] = request
-        if self._alarm is None or now + self._silence < self._alarm:
+        alarm = self._alarm
+        if alarm is None or now + self._silence < alarm:
             self._wake_at(now + self._silence)
         self.effects.send(request)
 
@@ -301,7 +308,8 @@ class Engine:
     def completed(self, request: Request, errno: int, data: object = None) -> None:
         """The backend's answer to a request that was sent on this connection."""
         try:
-            if self._queues.in_flight.pop(request.order, None) is not request:
+            queues = self._queues
+            if queues.in_flight.pop(request.order, None) is not request:
                 raise RuntimeError(f"a second completion of {request}")
             self._last_answer = self.clock()
             if request.internal:
@@ -314,9 +322,9 @@ class Engine:
                 self._answered_again(request)
             if self._replaying:
                 self._pump_replay()
-            elif self._queues.parked or self._queues.no_room or self._queues.flushes:
+            elif queues.parked or queues.no_room or queues.flushes:
                 self._send_parked()
-            if self._draining and not self._queues.in_flight:
+            if self._draining and not queues.in_flight:
                 self._drained()
         except Exception:
             self._fault("completed")
@@ -356,6 +364,9 @@ class Engine:
 
     def _retire(self, request: Request) -> None:
         """Out of the backend's hands: whoever waited behind it may go."""
+        if request.kind is READ:  # nobody waits for a read
+            request.phase = DONE
+            return
         done = [request]
         while done:
             request = done.pop()
@@ -826,6 +837,7 @@ class Engine:
             oldest = next(self._queues.unanswered(), None)
             kind = oldest.kind if oldest else WRITE
             action = self.policy.of(kind).decide(kind, errno, now - since)
+            self._told.clear()  # each outage is told, however soon after the last
             self._io_error(kind, errno, action)
         if self.state in (State.READY, State.REPLAYING):
             self._move(State.STALLED, reason)

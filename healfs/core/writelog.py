@@ -83,9 +83,10 @@ class WriteLog:
 
     @property
     def half_full(self) -> bool:
-        return (
-            len(self._completed) * 2 >= self.limit or self.ring.used * 2 >= self.ring.size
-        ) and bool(self._completed)
+        completed = len(self._completed)
+        return completed > 0 and (
+            completed * 2 >= self.limit or self.ring.used * 2 >= self.ring.size
+        )
 
     def as_dict(self) -> dict[str, object]:
         """For status."""
