@@ -14,10 +14,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -267,6 +268,9 @@ class _Session:
         self.queue.close()
 
 
+T = TypeVar("T")
+
+
 class FileBackend(Backend):
     """A regular file or block device at `path`.
 
@@ -384,24 +388,27 @@ class FileBackend(Backend):
     async def probe(self) -> str:
         if self._session is None:
             return "not connected"
-        fd = os.dup(self._session.fd)  # the session's may be closed before the thread is done
-        look = partial(_probe, self._path, fd, self._read_only)
+        look = partial(probing.probe, self._path, read_only=self._read_only)
+        with trio.move_on_after(CONNECT_TIMEOUT):
+            return await self._look(look)
+        return "the storage does not answer"
+
+    async def _look(self, look: Callable[[int], T]) -> T:
+        """Call look(fd) in a thread, with a descriptor of its own: the session's may be closed
+        before the thread is done, and the storage may never answer."""
+        assert self._session is not None
+        borrowed = _Borrowed(self._session.fd)
         try:
-            with trio.fail_after(CONNECT_TIMEOUT):
-                return await trio.to_thread.run_sync(
-                    look, abandon_on_cancel=True, limiter=self._extents_limiter
-                )
-        except trio.TooSlowError:
-            return "the storage does not answer"
+            return await trio.to_thread.run_sync(
+                borrowed.use, look, abandon_on_cancel=True, limiter=self._extents_limiter
+            )
+        finally:
+            borrowed.give_up()
 
     async def extents(self, offset: int, length: int) -> list[Extent] | None:
         if self._session is None:
             return None
-        # A descriptor of its own: the session's may be closed before the thread is done.
-        fd = os.dup(self._session.fd)
-        return await trio.to_thread.run_sync(
-            _extents, fd, offset, length, abandon_on_cancel=True, limiter=self._extents_limiter
-        )
+        return await self._look(lambda fd: _extents(fd, offset, length))
 
     async def aclose(self) -> None:
         self.close()
@@ -414,16 +421,29 @@ class FileBackend(Backend):
             )
 
 
-def _probe(path: str, fd: int, read_only: bool) -> str:
-    try:
-        return probing.probe(path, fd, read_only=read_only)
-    finally:
-        os.close(fd)
+class _Borrowed:
+    """A duplicate of a descriptor for one call in a thread, which may never get to run."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = os.dup(fd)
+        self._taken = threading.Lock()  # by the thread that closes it
+
+    def use(self, look: Callable[[int], T]) -> T:
+        if not self._taken.acquire(blocking=False):
+            raise OSError(errno.ECANCELED, "nobody waits for it any more")
+        try:
+            return look(self._fd)
+        finally:
+            os.close(self._fd)
+
+    def give_up(self) -> None:
+        """If the thread has not begun, it never will."""
+        if self._taken.acquire(blocking=False):
+            os.close(self._fd)
 
 
 def _extents(fd: int, offset: int, length: int) -> list[Extent] | None:
-    """SEEK_DATA and SEEK_HOLE of the range; closes fd. They move the file offset, which nobody
-    uses."""
+    """SEEK_DATA and SEEK_HOLE of the range. They move the file offset, which nobody uses."""
     runs: list[Extent] = []
     end = offset + length
     try:
@@ -442,6 +462,4 @@ def _extents(fd: int, offset: int, length: int) -> list[Extent] | None:
             offset += runs[-1].length
     except OSError:
         return None
-    finally:
-        os.close(fd)
     return runs

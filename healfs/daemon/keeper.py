@@ -41,6 +41,7 @@ class Keeper:
         self.ready = ready
         self.mountpoint = str(config["mountpoint"])
         self.fuse = -1
+        self.connection: int | None = None  # its number in /sys/fs/fuse/connections
         self.init: dict[str, str] = {}
         self.log = "stderr"
         self.kill_at: float | None = None
@@ -168,6 +169,7 @@ class Keeper:
                 allow_other=bool(self.config["allow_other"]),
                 read_only=bool(self.config["read_only"]),
             )
+            self.connection = mount.connection_of(self.mountpoint)
             self.claim.record(
                 mountpoint=self.mountpoint,
                 file=os.path.join(self.mountpoint, str(self.config["name"])),
@@ -206,6 +208,9 @@ class Keeper:
 
     def _worker_ended(self, status: int) -> int:
         if status == 0:
+            if self.connection and mount.connection_of(self.mountpoint) == self.connection:
+                self.say("the connection was aborted from outside: the mount is taken away")
+                self._abort()
             return 0
         if self.fuse < 0:
             return status if status == 2 else 1  # it said why on the ready pipe

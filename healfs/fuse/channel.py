@@ -211,7 +211,11 @@ class Channel:
         if offset >= self.size:
             self._reply(unique, e.ENXIO)
             return
-        found = await self.seek(offset, whence)
+        try:
+            found = await self.seek(offset, whence)
+        except Exception:
+            log.exception("internal error in seek: all is taken for data")
+            found = None
         if found is None:  # cannot tell: all is data, with a hole at the end
             found = offset if whence == wire.SEEK_DATA else self.size
         if found < 0:
