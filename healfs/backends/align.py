@@ -33,6 +33,9 @@ class AlignedBackend(Backend):
         self._mask = 0
         self._answers: list[tuple[Request, Done]] = []  # DISCARDs of less than a block
 
+    def resumed(self) -> None:
+        self._inner.resumed()
+
     async def connect(self) -> Geometry:
         """As the inner one's; minimum_block stays, for the engine's ordering."""
         self._answers.clear()
@@ -40,7 +43,10 @@ class AlignedBackend(Backend):
         self._block = geometry.minimum_block
         self._mask = self._block - 1
         if self._block == 1:
+            # Nothing to do here: a call saved for each request.
+            self.submit = self._inner.submit  # type: ignore[method-assign]
             return geometry
+        self.__dict__.pop("submit", None)
         notes = geometry.notes
         size = geometry.size - geometry.size % self._block
         if size != geometry.size:

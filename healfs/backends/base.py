@@ -73,6 +73,9 @@ class Backend(abc.ABC):
     #: errnos of which only a probe tells whether the backend is away or a request failed
     ambiguous: frozenset[int] = frozenset()
 
+    def resumed(self) -> None:  # noqa: B027 - most have nothing to do
+        """An earlier worker was connected: whatever connect() meets now, waiting may mend it."""
+
     @abc.abstractmethod
     async def connect(self) -> Geometry:
         """Open a fresh connection. Bounded in time (raises ETIMEDOUT) and cancellable.

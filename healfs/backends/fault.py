@@ -145,6 +145,9 @@ class FaultBackend(Backend):
         self._delayed_more = trio.Event()
         self._scope: trio.CancelScope | None = None
 
+    def resumed(self) -> None:
+        self._inner.resumed()
+
     async def connect(self) -> Geometry:
         self.close()
         self._look()

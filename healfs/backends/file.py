@@ -14,10 +14,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -51,6 +52,9 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+
+# An enum's member is looked up through its metaclass, and these are wanted for each request.
+READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
 
 _log = logging.getLogger(__name__)
 
@@ -95,11 +99,11 @@ class _Session:
         if not self._alive:
             return
         kind = request.kind
-        if kind == Kind.READ:
+        if kind is READ:
             self._read(request, done)
-        elif kind == Kind.WRITE:
+        elif kind is WRITE:
             self._write(request, done)
-        elif kind == Kind.FLUSH:
+        elif kind is FLUSH:
             self._flush(request, done)
         elif not request.length:
             self._answers.append((request, done, 0))
@@ -169,16 +173,16 @@ class _Session:
             if error == errno.EOPNOTSUPP and transfer.modes:
                 self._allocate(transfer)
                 return
-        elif transfer.opcode in (IORING_OP_READ, IORING_OP_WRITE):
-            if result < transfer.length and self._go_on(transfer, result):
+        elif transfer.opcode == IORING_OP_FALLOCATE:
+            if request.fua:
+                self._flush(request, transfer.done)
                 return
-            if result < transfer.length:
-                error = errno.EIO
-                self._report_short(transfer)
-        elif transfer.opcode == IORING_OP_FALLOCATE and request.fua:
-            self._flush(request, transfer.done)
-            return
-        if request.kind == Kind.READ and buffer is not None and not error:
+        elif result < transfer.length:
+            if self._go_on(transfer, result):
+                return
+            error = errno.EIO
+            self._report_short(transfer)
+        if request.kind is READ and buffer is not None and not error:
             transfer.done(request, 0, buffer.view[: request.length])
         else:
             transfer.done(request, error, None)
@@ -211,7 +215,7 @@ class _Session:
                 answers, self._answers = self._answers, []
                 for request, done, error in answers:
                     if self._alive:
-                        done(request, error, b"" if request.kind == Kind.READ else None)
+                        done(request, error, b"" if request.kind is READ else None)
                 self._start()
                 if not self._alive or not (self.queue.reap() or self._answers):
                     break
@@ -264,6 +268,9 @@ class _Session:
         self.queue.close()
 
 
+T = TypeVar("T")
+
+
 class FileBackend(Backend):
     """A regular file or block device at `path`.
 
@@ -297,6 +304,10 @@ class FileBackend(Backend):
         # One: the next attempt waits until the thread of an abandoned one has ended.
         self._limiter = trio.CapacityLimiter(1)
         self._extents_limiter = trio.CapacityLimiter(2)
+
+    def resumed(self) -> None:
+        self._connected_before = True
+        self._create = None
 
     async def connect(self) -> Geometry:
         self.close()
@@ -381,24 +392,27 @@ class FileBackend(Backend):
     async def probe(self) -> str:
         if self._session is None:
             return "not connected"
-        fd = os.dup(self._session.fd)  # the session's may be closed before the thread is done
-        look = partial(_probe, self._path, fd, self._read_only)
+        look = partial(probing.probe, self._path, read_only=self._read_only)
+        with trio.move_on_after(CONNECT_TIMEOUT):
+            return await self._look(look)
+        return "the storage does not answer"
+
+    async def _look(self, look: Callable[[int], T]) -> T:
+        """Call look(fd) in a thread, with a descriptor of its own: the session's may be closed
+        before the thread is done, and the storage may never answer."""
+        assert self._session is not None
+        borrowed = _Borrowed(self._session.fd)
         try:
-            with trio.fail_after(CONNECT_TIMEOUT):
-                return await trio.to_thread.run_sync(
-                    look, abandon_on_cancel=True, limiter=self._extents_limiter
-                )
-        except trio.TooSlowError:
-            return "the storage does not answer"
+            return await trio.to_thread.run_sync(
+                borrowed.use, look, abandon_on_cancel=True, limiter=self._extents_limiter
+            )
+        finally:
+            borrowed.give_up()
 
     async def extents(self, offset: int, length: int) -> list[Extent] | None:
         if self._session is None:
             return None
-        # A descriptor of its own: the session's may be closed before the thread is done.
-        fd = os.dup(self._session.fd)
-        return await trio.to_thread.run_sync(
-            _extents, fd, offset, length, abandon_on_cancel=True, limiter=self._extents_limiter
-        )
+        return await self._look(lambda fd: _extents(fd, offset, length))
 
     async def aclose(self) -> None:
         self.close()
@@ -411,16 +425,29 @@ class FileBackend(Backend):
             )
 
 
-def _probe(path: str, fd: int, read_only: bool) -> str:
-    try:
-        return probing.probe(path, fd, read_only=read_only)
-    finally:
-        os.close(fd)
+class _Borrowed:
+    """A duplicate of a descriptor for one call in a thread, which may never get to run."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = os.dup(fd)
+        self._taken = threading.Lock()  # by the thread that closes it
+
+    def use(self, look: Callable[[int], T]) -> T:
+        if not self._taken.acquire(blocking=False):
+            raise OSError(errno.ECANCELED, "nobody waits for it any more")
+        try:
+            return look(self._fd)
+        finally:
+            os.close(self._fd)
+
+    def give_up(self) -> None:
+        """If the thread has not begun, it never will."""
+        if self._taken.acquire(blocking=False):
+            os.close(self._fd)
 
 
 def _extents(fd: int, offset: int, length: int) -> list[Extent] | None:
-    """SEEK_DATA and SEEK_HOLE of the range; closes fd. They move the file offset, which nobody
-    uses."""
+    """SEEK_DATA and SEEK_HOLE of the range. They move the file offset, which nobody uses."""
     runs: list[Extent] = []
     end = offset + length
     try:
@@ -439,6 +466,4 @@ def _extents(fd: int, offset: int, length: int) -> list[Extent] | None:
             offset += runs[-1].length
     except OSError:
         return None
-    finally:
-        os.close(fd)
     return runs

@@ -35,6 +35,9 @@ MAXIMUM_PAYLOAD = 32 << 20  # where the server names no limit
 IOV_MAX = 1024
 RECEIVES_MAX = 16  # per wake-up, so that other tasks run
 
+# An enum's member is looked up through its metaclass, and these are wanted for each request.
+READ, WRITE = Kind.READ, Kind.WRITE
+
 _COMMANDS = {
     Kind.READ: wire.CMD_READ,
     Kind.WRITE: wire.CMD_WRITE,
@@ -180,6 +183,9 @@ class NbdBackend(Backend):
 
     # --- connecting ---
 
+    def resumed(self) -> None:
+        self._was_connected = True
+
     async def connect(self) -> Geometry:
         """See Backend.connect. SourceError only before the first success: later, a server that
         refuses the export or talks nonsense is one that has not started up."""
@@ -248,6 +254,18 @@ class NbdBackend(Backend):
             self._answers.append((request, done, e.ENOTCONN))
             return
         kind = request.kind
+        if request.length <= self._piece_max and not request.fua:  # nearly all requests
+            if kind is READ:
+                link.protocol.queue(
+                    wire.Command(wire.CMD_READ, 0, request.offset, request.length, request, done)
+                )
+                return
+            if kind is WRITE:
+                link.protocol.queue(
+                    wire.Command(wire.CMD_WRITE, 0, request.offset, request.length, request, done),
+                    request.data,
+                )
+                return
         flags = 0
         limit = self._piece_max
         flush = False

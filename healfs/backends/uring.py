@@ -39,9 +39,7 @@ IORING_OP_WRITE = 23
 IORING_FSYNC_DATASYNC = 1 << 0
 IORING_ASYNC_CANCEL_ANY = 1 << 2
 IOSQE_ASYNC = 1 << 4
-IORING_SETUP_SINGLE_ISSUER = 1 << 12
-IORING_SETUP_DEFER_TASKRUN = 1 << 13
-IORING_ENTER_GETEVENTS = 1 << 0
+IORING_SETUP_COOP_TASKRUN = 1 << 8
 IORING_FEAT_SINGLE_MMAP = 1 << 0
 IORING_FEAT_NODROP = 1 << 1
 IORING_OFF_SQ_RING = 0
@@ -167,9 +165,9 @@ def _acquire() -> None:
 def _set_up(entries: int) -> tuple[int, Any]:
     """The ring's descriptor and its parameters."""
     params = ctypes.create_string_buffer(PARAMS_SIZE)
-    # Else each completion that a kernel worker has interrupts us, and costs a switch. Linux 6.1.
-    flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN
-    struct.pack_into("<I", params, PARAMS_FLAGS, flags)
+    # A completion need not interrupt us: we make system calls all the time (Linux 5.19). Not
+    # DEFER_TASKRUN: with that, epoll is not told of completions (tried on 6.18).
+    struct.pack_into("<I", params, PARAMS_FLAGS, IORING_SETUP_COOP_TASKRUN)
     try:
         return _call(SYS_IO_URING_SETUP, entries, params), params
     except OSError as exc:
@@ -244,8 +242,9 @@ class Ring:
         user_data = self._next
         self._next += 1
         self._pending[user_data] = o
-        # FALLOCATE has its length in addr and its mode in len.
-        fallocate = o.opcode == IORING_OP_FALLOCATE
+        address, length, flags = o.address, o.length, o.flags
+        if o.opcode == IORING_OP_FALLOCATE:  # has its length in addr and its mode in len
+            address, length, flags = length, flags, 0
         SQE.pack_into(
             self._sqes,
             (self._tail & self._sq_mask) * 64,
@@ -254,9 +253,9 @@ class Ring:
             0,
             o.fd,
             o.offset,
-            o.length if fallocate else o.address,
-            o.flags if fallocate else o.length,
-            0 if fallocate else o.flags,
+            address,
+            length,
+            flags,
             user_data,
             0,
             0,
@@ -272,9 +271,7 @@ class Ring:
         while todo:
             # Fewer than asked for: an entry was refused, and its completion says why.
             try:
-                taken = _call(
-                    SYS_IO_URING_ENTER, self._fd, todo, 0, IORING_ENTER_GETEVENTS, None, 0
-                )
+                taken = _call(SYS_IO_URING_ENTER, self._fd, todo, 0, 0, None, 0)
             except InterruptedError:
                 continue
             if not taken:
@@ -291,10 +288,9 @@ class Ring:
             return 0
         _acquire()
         ended = []
+        unpack, rings, cqes, mask = CQE.unpack_from, self._rings, self._cqes, self._cq_mask
         while head != end:
-            user_data, result, _ = CQE.unpack_from(
-                self._rings, self._cqes + (head & self._cq_mask) * 16
-            )
+            user_data, result, _ = unpack(rings, cqes + (head & mask) * 16)
             head = (head + 1) & _U32
             if user_data:
                 ended.append((pending.pop(user_data), result))
@@ -332,11 +328,6 @@ class Ring:
 
     async def wait(self) -> None:
         await trio.lowlevel.wait_readable(self._fd)
-        # Deferred completions come into the queue when we ask for them.
-        try:
-            _call(SYS_IO_URING_ENTER, self._fd, 0, 0, IORING_ENTER_GETEVENTS, None, 0)
-        except InterruptedError:
-            pass
 
     def close(self) -> None:
         if self._fd >= 0:

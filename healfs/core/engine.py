@@ -39,8 +39,10 @@ from healfs.core.writelog import Attempt, WriteLog, memory_size
 log = logging.getLogger("healfs.engine")
 
 TAG_MASK = (1 << 63) - 1  # FUSE sets bit 63 of the unique id of a request that comes again
+LARGEST_BLOCK = 65536  # bytes: the largest minimum block there is (NBD)
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
+READY = State.READY
 IN_FLIGHT, PARKED, WAITING, DONE = Phase.IN_FLIGHT, Phase.PARKED, Phase.WAITING, Phase.DONE
 
 
@@ -125,7 +127,8 @@ class Engine:
         self._replay_pause = 0.0
         self._flush: Request | None = None  # the one flush in flight: the engine's own
         self._pinned: list[Slot] = []  # payloads of attempts on the connection that was lost
-        self._accept = False  # the operator accepts another disk
+        self._accept = ""  # the mismatch that the operator accepts, for one try
+        self._drop = False  # and the log is not for that disk
         self._recovered: dict[int, Request] = {}  # an earlier worker's, by tag
 
         self.link_up = False
@@ -172,7 +175,12 @@ class Engine:
                 if self._outage.since is not None:
                     self._judge_in_outage(request, now)
                 return
-        if self._may_send():
+        queues = self._queues  # _may_send, at the cost of no call
+        if (
+            self.state is READY
+            and not queues.parked
+            and len(queues.in_flight) < self.limits.in_flight
+        ):
             self._send(request, now)
             return
         self._park(request)
@@ -212,7 +220,9 @@ class Engine:
             if request.record < 0 and (self._queues.no_room or not self.log.enter(request)):
                 request.phase = PARKED
                 self._queues.no_room[request.order] = request
+                self.log.move_up()
                 self._flush_log()
+                self._wake_at(now + self._longest_pause())
                 return
             if len(self._unsettled) and self._unsettled.block(request):
                 self._wait(request)
@@ -221,7 +231,8 @@ class Engine:
         request.sent = now
         request.attempts += 1
         self._queues.in_flight[request.order] = request
-        if self._alarm is None or now + self._silence < self._alarm:
+        alarm = self._alarm
+        if alarm is None or now + self._silence < alarm:
             self._wake_at(now + self._silence)
         self.effects.send(request)
 
@@ -283,6 +294,8 @@ class Engine:
         if self.state is not State.READY:
             return
         now = self.clock()
+        if self._queues.no_room:
+            self.log.move_up()
         while self._queues.no_room and len(self._queues.in_flight) < self.limits.in_flight:
             request = next(iter(self._queues.no_room.values()))
             if not self.log.enter(request):
@@ -303,7 +316,8 @@ class Engine:
     def completed(self, request: Request, errno: int, data: object = None) -> None:
         """The backend's answer to a request that was sent on this connection."""
         try:
-            if self._queues.in_flight.pop(request.order, None) is not request:
+            queues = self._queues
+            if queues.in_flight.pop(request.order, None) is not request:
                 raise RuntimeError(f"a second completion of {request}")
             self._last_answer = self.clock()
             if request.internal:
@@ -316,9 +330,9 @@ class Engine:
                 self._answered_again(request)
             if self._replaying:
                 self._pump_replay()
-            elif self._queues.parked or self._queues.no_room or self._queues.flushes:
+            elif queues.parked or queues.no_room or queues.flushes:
                 self._send_parked()
-            if self._draining and not self._queues.in_flight:
+            if self._draining and not queues.in_flight:
                 self._drained()
         except Exception:
             self._fault("completed")
@@ -334,6 +348,7 @@ class Engine:
             if self._replay.suspects.all and kind is not Kind.DISCARD:
                 self._cut_suspects(request)
             if self.log.half_full:
+                self.log.move_up()
                 self._flush_log()
         if not request.answered:
             self._answer(request, 0, data)
@@ -358,6 +373,9 @@ class Engine:
 
     def _retire(self, request: Request) -> None:
         """Out of the backend's hands: whoever waited behind it may go."""
+        if request.kind is READ:  # nobody waits for a read
+            request.phase = DONE
+            return
         done = [request]
         while done:
             request = done.pop()
@@ -425,6 +443,9 @@ class Engine:
             self._begin_replay()
 
     def _completed_with_error(self, request: Request, errno: int) -> None:
+        if request.fua and errors.classify(errno) is ErrorClass.FAILED:
+            # Its own fsync has used up the error of everybody's writes.
+            self._flush_failed(errno, ())
         match errors.classify(errno):
             case ErrorClass.REFUSED:
                 self._answer(request, errors.for_guest(errno), None)
@@ -604,6 +625,8 @@ class Engine:
 
     def start(self) -> None:
         """Begin to connect, with the disk's size known beforehand (mount --no-wait)."""
+        if not self._ever_connected:
+            self.align = LARGEST_BLOCK  # what comes before the first connection is ordered by it
         self._connect_now()
 
     def _connect_now(self) -> None:
@@ -633,12 +656,17 @@ class Engine:
                 self.size = size
             elif size < self.size:
                 mismatch = mismatch or f"it has {size} bytes, the disk {self.size}"
-            if mismatch and not (self._accept and size >= self.size):
+            accepted = mismatch != "" and mismatch == self._accept and size >= self.size
+            self._accept = ""
+            if mismatch and not accepted:
                 self._connected_to_another(mismatch)
                 return
+            if accepted and self._drop:
+                self.log.lost()
+                self._replay = Replay()
+                self.log.replayed(self.log.unflushed())
             self._mismatch = ""
-            self._accept = False
-            self.align = max(self.align, align)
+            self.align = max(self.align, align) if self._ever_connected else align
             self.can_flush = can_flush
             self.log.keep = can_flush and volatile_cache
             self.log.ring.unpin(self._pinned)  # connect() has waited for what hung
@@ -657,14 +685,12 @@ class Engine:
 
     def _go_on(self, now: float) -> None:
         """The backend is there and nobody has paused the disk: replay first, then the rest."""
-        if self._replay.wanted and self.log.has_unflushed():
+        if self._replay.wanted:
+            self._replay.wanted = self.log.has_unflushed()
+        if self._replay.latched:
             self._begin_replay()
-            return
-        self._replay.wanted = False
-        if self._replay.suspects.all:
-            self._replay_at = now
-            self._wake_at(now)
-        self._ready(now)
+        else:
+            self._ready(now)
 
     def _ready(self, now: float) -> None:
         self._move(State.READY, "")
@@ -675,11 +701,8 @@ class Engine:
     def accept(self, *, replay: bool) -> None:
         """The operator accepts the other disk: write the log to it, or throw the log away."""
         try:
-            if not replay:
-                self.log.lost()
-                self._replay = Replay()
-                self.log.replayed(self.log.unflushed())
-            self._accept = True
+            self._drop = not replay
+            self._accept = self._mismatch  # this one, and no third one
             self._connect_now()
         except Exception:
             self._fault("accept")
@@ -701,6 +724,7 @@ class Engine:
             if self.state is State.CLOSED:
                 return
             now = self.clock()
+            self._accept = ""
             self._outage.errno = errno = errno or e.ETIMEDOUT
             self.reason = reason or os.strerror(errno)
             self._mismatch = ""
@@ -907,7 +931,8 @@ class Engine:
         guests, self._queues.covered = self._queues.covered, {}
         if self._replaying and self._replay.flushing:
             self._replay_flushed(flush, errno)
-        elif errno:
+        elif errno or self._replay.wanted:  # a flush beside a failed FUA write proves nothing
+            errno = errno or self._replay.errno
             waiting, self._queues.flushes = self._queues.flushes, {}
             self._flush_failed(errno, [*guests.values(), *waiting.values()])
         else:
@@ -1048,11 +1073,14 @@ class Engine:
                 self._replay_at = None
                 if self.state is State.READY and self._replay.latched:
                     self._begin_replay()
+                elif self.state is State.STALLED and self.link_up:  # by silence
+                    self._replay_at = now + self._longest_pause()
             if self._fence_at is not None and now >= self._fence_at:
                 self._start_fence()
             if len(self._unsettled):
                 self._settled(self._unsettled.settle(now))
             self._retry_failed(now)
+            self._judge_without_room(now)
             self._look_for_silence(now)
             self._judge_all_in_outage(now)
             self._set_alarm(now)
@@ -1096,6 +1124,19 @@ class Engine:
             if now - request.sent >= self._silence and not request.answered:
                 self._judge_hanging(request, now)
 
+    def _judge_without_room(self, now: float) -> None:
+        """Writes that wait for room in the log do so under their policy's clock."""
+        for request in list(self._queues.no_room.values()):
+            policy = self.policy.of(request.kind)
+            if policy.error is not Action.RETRY or not policy.retry_timeout:
+                continue  # room comes with the next flush; that is no error to be reported
+            action = policy.decide(request.kind, e.ETIMEDOUT, now - request.arrived)
+            if action is Action.STOP:
+                self._stop_by_policy(e.ETIMEDOUT)
+                return
+            if action is not Action.RETRY and self.state is State.READY:
+                self._act(request, action, e.ETIMEDOUT)
+
     def _judge_hanging(self, request: Request, now: float) -> None:
         policy = self.policy.of(request.kind)
         if policy.error is not Action.RETRY or not policy.retry_timeout:
@@ -1125,6 +1166,10 @@ class Engine:
             for policy in (self.policy.read, self.policy.write)
             if policy.error is Action.RETRY and policy.retry_timeout
         ]
+        if self._queues.no_room:
+            oldest = next(iter(self._queues.no_room.values()))
+            times += [oldest.arrived + t for t in timeouts if oldest.arrived + t > now]
+            times.append(now + self._longest_pause())
         if self._outage.since is not None:
             times += [self._outage.since + t for t in timeouts if self._outage.since + t > now]
         if self._queues.in_flight and self.link_up:
@@ -1159,6 +1204,17 @@ class Engine:
     def writes_outstanding(self) -> bool:
         return len(self._writes) > 0
 
+    @property
+    def latched(self) -> bool:
+        """Some answered bytes are in the log only, and no flush succeeds."""
+        return self._replay.latched
+
+    @property
+    def longest_in_flight(self) -> float:
+        """Seconds since the oldest request in flight was sent; 0: none is."""
+        oldest = next(iter(self._queues.in_flight.values()), None)
+        return 0.0 if oldest is None else self.clock() - oldest.sent
+
     def fault(self, where: str) -> None:
         """A bug of ours, found outside: see _fault. To be called where it is handled."""
         self._fault(where)
@@ -1191,6 +1247,8 @@ class Engine:
             },
             "policy": self.policy.as_dict(),
             "slow_after": self.slow_after,
+            "settle": self.settle,
+            "fence": self.fence,
             "write_log": self.log.as_dict(),
             "outages": self._outage.as_dict(now),
             "totals": self.totals.as_dict(),

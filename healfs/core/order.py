@@ -24,9 +24,8 @@ class Order:
 
     def enter(self, request: Request) -> None:
         """Sets request.blockers: how many older writes it has to wait for."""
-        found = self._writes.find(request.start, request.end)
         is_write = request.kind is not READ
-        for older in found:
+        for older in self._writes.find(request.start, request.end):
             assert isinstance(older, Request)
             wait(request, older)
             # Whoever comes next waits for this write, and so for the older one that it covers:
@@ -43,7 +42,10 @@ class Order:
         if request.indexed:
             self._writes.remove(request)
             request.indexed = False
-        waiters, request.waiters = request.waiters, None
+        waiters = request.waiters
+        if waiters is None:
+            return []
+        request.waiters = None
         return unblocked(waiters)
 
 

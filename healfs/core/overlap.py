@@ -48,7 +48,8 @@ class Overlap:
         grid = self._grids.get(shift)
         if grid is None:
             grid = self._grids[shift] = {}
-        for cell in range(start >> shift, (end - 1 >> shift) + 1):
+        first, last = start >> shift, end - 1 >> shift
+        for cell in (first,) if first == last else range(first, last + 1):
             items = grid.get(cell)
             if items is None:
                 grid[cell] = [item]
@@ -63,7 +64,8 @@ class Overlap:
             return
         shift = _FINEST if end - start <= 4096 else _grid_of(end - start)
         grid = self._grids[shift]
-        for cell in range(start >> shift, (end - 1 >> shift) + 1):
+        first, last = start >> shift, end - 1 >> shift
+        for cell in (first,) if first == last else range(first, last + 1):
             items = grid[cell]
             if len(items) == 1:
                 if items[0] is not item:

@@ -49,8 +49,14 @@ class Queues:
 
     def park_again(self, requests: list[Request]) -> None:
         """Back into the queue, oldest first (the seed series sent them last-in first-out)."""
-        self.parked.update((request.order, request) for request in requests)
-        self.parked = OrderedDict(sorted(self.parked.items()))
+        newest = next(reversed(self.parked), 0)
+        in_order = True
+        for request in requests:
+            in_order &= request.order > newest
+            newest = request.order
+            self.parked[newest] = request
+        if not in_order:
+            self.parked = OrderedDict(sorted(self.parked.items()))
 
     def take_flying(self) -> dict[int, Request]:
         """The connection is gone: take what was in flight."""

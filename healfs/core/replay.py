@@ -7,6 +7,7 @@ it, no flush succeeds, and it is tried again later with what came newer cut out.
 
 from __future__ import annotations
 
+import errno as e
 from collections import deque
 from collections.abc import Iterable
 
@@ -14,6 +15,8 @@ from healfs.core.overlap import Overlap
 from healfs.core.request import Done, Kind, Request
 from healfs.core.unsettled import Unsettled
 from healfs.core.writelog import visible
+
+ZEROES = 1 << 20  # bytes of one WRITE in place of a WRITE_ZEROES
 
 
 class Piece:
@@ -107,6 +110,7 @@ class Replay:
         self._entries: list[Request] = []  # what this replay covers
         self._todo: deque[tuple[Request, int, int]] = deque()
         self._in_flight = Overlap()
+        self._write_zeroes = True  # the backend can; else zeroes are written
 
     @property
     def latched(self) -> bool:
@@ -117,6 +121,7 @@ class Replay:
         """Write again all of it, or, where only suspect pieces are left, those."""
         self.running, self.flushing = True, False
         self._in_flight = Overlap()
+        self._write_zeroes = True
         if self.wanted:
             self._entries = unflushed
             self._todo = deque(visible(unflushed))
@@ -137,6 +142,11 @@ class Replay:
         if not self._todo:
             return None
         entry, start, end = self._todo[0]
+        kind, data = entry.kind, None
+        rest = end
+        if kind is Kind.WRITE_ZEROES and not self._write_zeroes:
+            kind, end = Kind.WRITE, min(end, start + ZEROES)
+            data = memoryview(bytes(end - start))
         # Two pieces in one minimum block are two read, modify, writes of it: one after the other.
         low, high = start - start % align, end + -end % align
         if self._in_flight.find(low, high):
@@ -144,12 +154,11 @@ class Replay:
         if len(unsettled) and unsettled.holds_back(low, high, entry.order):
             return None
         self._todo.popleft()
-        data = None
+        if end < rest:
+            self._todo.appendleft((entry, end, rest))
         if entry.data is not None:
             data = memoryview(entry.data)[start - entry.offset : end - entry.offset]
-        piece = Request(
-            entry.kind, start, end - start, on_answer, data=data, may_unmap=entry.may_unmap
-        )
+        piece = Request(kind, start, end - start, on_answer, data=data, may_unmap=entry.may_unmap)
         piece.start, piece.end = low, high
         piece.origin = entry
         self._in_flight.add(piece)
@@ -166,6 +175,10 @@ class Replay:
     def refused(self, piece: Request, errno: int) -> None:
         self._in_flight.remove(piece)
         assert piece.origin is not None
+        if piece.kind is Kind.WRITE_ZEROES and errno == e.EOPNOTSUPP:
+            self._write_zeroes = False  # a server that came back with less than it had
+            self._todo.appendleft((piece.origin, piece.offset, piece.offset + piece.length))
+            return
         if piece.kind is Kind.DISCARD:
             return  # a hint that was not taken: nothing to make good
         self.suspects.add(Piece(piece.origin, piece.offset, piece.offset + piece.length))
@@ -184,7 +197,9 @@ class Replay:
         self.running = self.flushing = False
         self.errno = errno
         self.suspects = Suspects()
-        for entry, start, end in visible(e for e in unflushed if e.kind is not Kind.DISCARD):
+        for entry, start, end in visible(
+            entry for entry in unflushed if entry.kind is not Kind.DISCARD
+        ):
             self.suspects.add(Piece(entry, start, end))
 
 

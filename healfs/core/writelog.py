@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from healfs.core.overlap import Overlap
-from healfs.core.request import Done, Kind, Request
+from healfs.core.request import Done, Kind, Phase, Request
 from healfs.core.ring import PAGE, PayloadRing, Slot
 
 FREE, SENT, COMPLETED, UNSETTLED = 0, 1, 2, 3
@@ -83,9 +83,10 @@ class WriteLog:
 
     @property
     def half_full(self) -> bool:
-        return (
-            len(self._completed) * 2 >= self.limit or self.ring.used * 2 >= self.ring.size
-        ) and bool(self._completed)
+        completed = len(self._completed)
+        return completed > 0 and (
+            completed * 2 >= self.limit or self.ring.used * 2 >= self.ring.size
+        )
 
     def as_dict(self) -> dict[str, object]:
         """For status."""
@@ -133,6 +134,33 @@ class WriteLog:
         outside = self.ring.evict(oldest)
         request.owner, request.data = outside, outside.data
         return True
+
+    def move_up(self) -> None:
+        """Bring what holds back the ring's tail to its head: a write that does not land for long
+        (a bad sector, a range that is not settled) must not stop those to other ranges."""
+        ring = self.ring
+        while ring.used * 2 >= ring.size and (slot := ring.oldest()) is not None:
+            request = slot.request
+            if not isinstance(request, Request) or request.record < 0:
+                return
+            if request.phase is Phase.IN_FLIGHT or slot.pinned:
+                return  # the backend reads it
+            if request.completed and not self._is_stuck(request):
+                return  # the next flush frees it
+            copy = ring.store(slot.data)
+            if copy is None:
+                return
+            state = COMPLETED if request.completed else SENT
+            copy.request = request
+            request.owner, request.data = copy, copy.data
+            STATE.pack_into(self._table, request.record * 64, FREE)
+            self._write(request.record, state, request)
+            ring.release(slot)
+
+    def _is_stuck(self, request: Request) -> bool:
+        """Completed, but no running flush will free it."""
+        completed = self._completed
+        return not completed or request.completed < completed[0].completed
 
     def _write(self, index: int, state: int, request: Request) -> None:
         slot = request.owner
@@ -198,6 +226,14 @@ class WriteLog:
 
     def _stable(self, request: Request, hold: Callable[[Request], bool] | None) -> None:
         if hold is not None and (hold(request) or self._hides_held(request)):
+            for older in self._held_ranges.find(request.offset, request.offset + request.length):
+                assert isinstance(older, Request)
+                whole = request.offset <= older.offset
+                whole &= older.offset + older.length <= request.offset + request.length
+                if whole and older.order < request.order:  # this one hides all that it hid
+                    del self._held[older.order]
+                    self._held_ranges.remove(older)
+                    self.leave(older)
             self._held[request.order] = request
             self._held_ranges.add(request)
         elif request.record >= 0:

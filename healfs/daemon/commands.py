@@ -81,6 +81,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "control": os.path.join(worker.parent.greeting["directory"], "control"),
         "log": worker.parent.greeting["log"],
         "device": worker.config.device,
+        "worker_restarts": worker.parent.greeting["restarts"],
         "pids": {"keeper": os.getppid(), "worker": os.getpid()},
         "since": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat("T", "seconds"),
         **engine,

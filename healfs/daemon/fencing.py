@@ -34,8 +34,8 @@ async def run(command: str, source: str, identity: Mapping[str, str]) -> str:
             )
     except trio.TooSlowError:
         return f"it took longer than {FENCE_SECONDS:g} s"
-    except OSError as exc:
-        return f"it could not be started: {exc.strerror}"
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the identity
+        return f"it could not be started: {exc}"
     if result.returncode == 0:
         return ""
     text = " ".join((result.stderr or b"").decode(errors="replace").split())[:SHOWN]

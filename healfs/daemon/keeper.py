@@ -1,5 +1,6 @@
 """The keeper: holds the FUSE descriptor, the INIT request, the write log's memfd and the control
-socket, starts the worker, and another one when it has died, mounts and unmounts for it, and cleans up behind it.
+socket, starts the worker, and another one when it has died, mounts and unmounts for it, and
+cleans up behind it.
 
 Standard library only, one blocking loop, and it never touches the backend or the mounted files.
 Started by `healfs mount` as `python -m healfs.daemon.keeper READY_FD` with the mount's
@@ -42,6 +43,7 @@ class Keeper:
         self.ready = ready
         self.mountpoint = str(config["mountpoint"])
         self.fuse = -1
+        self.connection: int | None = None  # its number in /sys/fs/fuse/connections
         self.init = ""  # the INIT request, in hex, for a worker that takes over
         self.resend = False  # the kernel can send unanswered requests again
         self.restarts = 0
@@ -208,6 +210,7 @@ class Keeper:
                 allow_other=bool(self.config["allow_other"]),
                 read_only=bool(self.config["read_only"]),
             )
+            self.connection = mount.connection_of(self.mountpoint)
             self._record()
         except (OSError, subprocess.TimeoutExpired) as exc:
             self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
@@ -250,6 +253,9 @@ class Keeper:
     def _worker_ended(self, status: int) -> int | None:
         """None: another one is to be started."""
         if status == 0:
+            if self.connection and mount.connection_of(self.mountpoint) == self.connection:
+                self.say("the connection was aborted from outside: the mount is taken away")
+                self._abort()
             return 0
         if self.fuse < 0:
             return status if status == 2 else 1  # it said why on the ready pipe

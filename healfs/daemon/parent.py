@@ -73,7 +73,10 @@ class Parent:
         async with self._lock:
             self.tell(message)
             try:
-                reply, fd = await self._replies.receive()
+                # Cancelled halfway, the reply would be taken for the next one's. The keeper's
+                # work is bounded, and so is this.
+                with trio.CancelScope(shield=True):
+                    reply, fd = await self._replies.receive()
             except trio.EndOfChannel:
                 raise ParentError(5, "the keeper is gone") from None
             if "error" in reply:

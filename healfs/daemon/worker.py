@@ -83,6 +83,7 @@ class Worker:
         self._somebody_waits = trio.Event()
         self._ending = trio.Lock()
         self._alive = False  # something was answered, and the keeper told
+        self._patience = trio.CancelScope()  # of the flush before an unmount
         self.ended = trio.Event()
 
     # --- Effects ----------------------------------------------------------------------------
@@ -281,7 +282,8 @@ class Worker:
         log.info("unmounted")
         async with self._ending:
             if not self.ended.is_set():  # by umount(8), from outside
-                await self._flush(UNMOUNT_SECONDS)
+                if not await self._flush(UNMOUNT_SECONDS):
+                    log.error("unmounted from outside; lost: %s", json.dumps(self._unflushed()))
                 self.ended.set()
 
     async def _wake(self) -> None:
@@ -291,6 +293,8 @@ class Worker:
                 await trio.sleep_forever()
             self._alarm_at = math.inf
             self.engine.wake()
+            if self._is_waiting():
+                self._somebody_waits.set()
             self.commit()
 
     def commit(self) -> None:
@@ -375,15 +379,20 @@ class Worker:
             self._fence_wanted = trio.Event()
             assert self.config.fence is not None
             identity = self.geometry.identity if self.geometry else {}
-            error = await fencing.run(self.config.fence, self.backend.source, identity)
+            try:
+                error = await fencing.run(self.config.fence, self.backend.source, identity)
+            except Exception as exc:
+                log.exception("internal error in the fence")
+                error = f"internal error: {exc!r}"
             log.info("fence: %s", error or "succeeded")
             self.engine.fenced(error)
             self.commit()
 
     async def _seek(self, offset: int, whence: int) -> int | None:
         """The next data or hole; -1: there is no more data. Never waits for the backend long."""
-        if self.engine.state is not State.READY or self.engine.writes_outstanding:
-            return None
+        engine = self.engine
+        if engine.state is not State.READY or engine.writes_outstanding or engine.latched:
+            return None  # what the log has may be no hole
         size = self.engine.size
         with trio.move_on_after(SEEK_SECONDS):
             while offset < size:
@@ -422,10 +431,13 @@ class Worker:
                 await trio.sleep(LOOK_SECONDS)
 
     def _is_waiting(self) -> bool:
-        # In a disk that is ready, too: a failed request is tried again while others flow on.
-        requests = self.engine.status()["requests"]
+        # In a disk that is ready, too: one request may hang, or fail again and again.
+        engine = self.engine
+        if engine.state is not State.READY or engine.longest_in_flight > LOOK_SECONDS:
+            return bool(self.channel.held)
+        requests = engine.status()["requests"]
         assert isinstance(requests, dict)
-        return self.engine.state is not State.READY or requests["parked"] > 0
+        return bool(requests["parked"] > 0)
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -433,10 +445,8 @@ class Worker:
         await self.parent.terminate.wait()
         log.info("asked to end")
         try:
-            given_up = await self.umount(force=True)
-            if given_up:
-                log.warning("given up: %s", json.dumps(given_up))
-        except UnmountError as exc:
+            await self.umount(force=True)
+        except (UnmountError, OSError) as exc:
             log.error("%s", exc)
         self.ended.set()
 
@@ -453,11 +463,18 @@ class Worker:
 
         The caller sets `ended`, with end_soon, once the answer is on its way.
         """
+        if force:
+            self._patience.cancel()  # of a plain one that waits for the backend
         async with self._ending:
             flushed = await self._flush(FORCED_FLUSH_SECONDS if force else UNMOUNT_SECONDS)
             if not flushed and not force:
                 raise UnmountError(self._what_waits())
-            given_up: dict[str, Any] = self.engine.fail_all() if force else {}
+            given_up: dict[str, Any] = {}
+            if force:
+                given_up = self._unflushed() if not flushed else {}
+                given_up |= self.engine.fail_all()
+                if given_up:
+                    log.error("given up: %s", json.dumps(given_up))
             self.commit()
             try:
                 await self._unmount(lazy=False)
@@ -481,17 +498,29 @@ class Worker:
         status = self.engine.status()
         requests = status["requests"]
         assert isinstance(requests, dict)
-        waiting = requests["parked"] + requests["in_flight"]
-        why = status["reason"] or status["state"]
+        waiting = [f"{requests['parked'] + requests['in_flight']} requests wait"]
+        for unflushed in self._unflushed().values():
+            waiting.append(f"{unflushed['requests']} answered writes are not flushed")
+        state = str(status["state"]) + (f": {status['reason']}" if status["reason"] else "")
         return (
-            f"{self.config.mountpoint}: the backend is away ({why}), {waiting} requests wait;"
-            " try again when it is back, or give them up with --force"
+            f"{self.config.mountpoint}: it cannot be flushed now ({state}), {', '.join(waiting)};"
+            " try again when the backend is back, or give them up with --force"
         )
+
+    def _unflushed(self) -> dict[str, dict[str, int]]:
+        """Answered writes that may be on no stable storage."""
+        entries = self.engine.log.unflushed()
+        if not entries:
+            return {}
+        length = sum(entry.length for entry in entries)
+        return {"unflushed": {"requests": len(entries), "bytes": length}}
 
     async def _flush(self, seconds: float) -> bool:
         """Everything answered is on stable storage; False when that took too long."""
         if self.config.read_only or self.engine.state is State.CONNECTING:
             return True
+        if not self.engine.log.has_unflushed() and not self.engine.writes_outstanding:
+            return True  # all that was answered is stable
         answered = trio.Event()
         errors: list[int] = []
 
@@ -502,7 +531,7 @@ class Worker:
         request = Request(Kind.FLUSH, 0, 0, on_answer)
         self.engine.submit(request)
         self.commit()
-        with trio.move_on_after(seconds):
+        with trio.move_on_after(seconds) as self._patience:
             await answered.wait()
         self.engine.cancel(request)
         return errors == [0]

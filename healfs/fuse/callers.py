@@ -9,12 +9,14 @@ these, so /proc is looked at now and then.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 
 from healfs.core.request import Request
 
 SIGKILL_BIT = 1 << 8
 PF_EXITING = 4
+REMEMBERED = 1.0  # seconds that a thread is taken for the one it was
 UNKNOWN = 0  # the thread was gone before it was looked up, or is of another pid namespace
 
 
@@ -59,13 +61,16 @@ class Callers:
 
     def __init__(self) -> None:
         self._process: dict[int, int] = {}  # by unique
-        self._of_thread: dict[int, int] = {}  # forgotten at each look: numbers are used again
+        self._of_thread: dict[int, int] = {}  # forgotten soon: numbers are used again
+        self._looked = 0.0
 
     def note(self, request: Request) -> int:
         """Look up the process now, while its thread is still there."""
         process = self._process.get(request.tag)
         if process is None:
             thread = request.caller
+            if time.monotonic() - self._looked > REMEMBERED:
+                self._of_thread, self._looked = {}, time.monotonic()
             process = self._of_thread.get(thread)
             if process is None:
                 process = process_of(thread) if thread else UNKNOWN
@@ -75,7 +80,7 @@ class Callers:
 
     def leaving(self, held: Mapping[int, Request]) -> list[Request]:
         """Those of the held requests whose caller is leaving; forgets the answered ones."""
-        self._of_thread = {}
+        self._of_thread, self._looked = {}, time.monotonic()
         self._process = {tag: p for tag, p in self._process.items() if tag in held}
         by_process: dict[int, list[Request]] = {}
         for request in held.values():

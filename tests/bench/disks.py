@@ -41,8 +41,9 @@ def backing_file(directory: Path) -> Path:
 
 
 @contextlib.contextmanager
-def process(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    running = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+def process(*command: str | Path, quiet: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    stderr = subprocess.DEVNULL if quiet else None
+    running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)
     try:
         yield running
     finally:
@@ -65,10 +66,22 @@ def wait_for(holds: Callable[[], bool], what: str) -> None:
 @contextlib.contextmanager
 def nbdkit(directory: Path, *plugin: str | Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server and its NBD URI."""
-    socket = directory / "nbd.sock"
-    with process("nbdkit", "-f", "-U", socket, *plugin) as server:
-        wait_for(socket.exists, "nbdkit")
-        yield server, f"nbd+unix:///?socket={socket}"
+    path = directory / "nbd.sock"
+    with process("nbdkit", "-f", "-U", path, *plugin) as server:
+        uri = f"nbd+unix:///?socket={path}"
+        wait_for(lambda: _answers(uri), "nbdkit")
+        yield server, uri
+
+
+def _answers(uri: str) -> bool:
+    """The socket's file is there a moment before anybody listens."""
+    handle = nbd.NBD()
+    try:
+        handle.connect_uri(uri)
+        handle.shutdown()
+    except nbd.Error:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -135,12 +148,12 @@ def qemu_file(directory: Path) -> Iterator[Path]:
 def _nbdfuse(directory: Path, uri: str) -> Iterator[Path]:
     mountpoint = directory / "mnt"
     mountpoint.mkdir()
-    try:
-        with process("nbdfuse", mountpoint / "disk.img", uri):
+    with process("nbdfuse", mountpoint / "disk.img", uri):
+        try:
             wait_for(lambda: (mountpoint / "disk.img").exists(), "nbdfuse")
             yield mountpoint / "disk.img"
-    finally:
-        subprocess.run(("umount", "-q", "-l", mountpoint), check=False)
+        finally:
+            subprocess.run(("umount", "-q", "-l", mountpoint), check=False)
 
 
 @contextlib.contextmanager

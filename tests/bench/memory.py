@@ -48,7 +48,7 @@ def _parked(directory: Path, pattern: str) -> tuple[int, int, float]:
             *(f"--iodepth={REQUESTS}", f"--number_ios={REQUESTS}", "--invalidate=0"),
             *("--allow_file_create=0", "--output=/dev/null"),
         )
-        with process(*command):
+        with process(*command, quiet=True):  # its requests are given up
             mount.wait_until(lambda status: status["requests"]["parked"] >= REQUESTS)
             each = (_resident(worker)[0] - before) / REQUESTS
             mount.umount(force=True, check=False)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends.nbd_servers import NbdServer, wait_until
+from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent
+from tests.fuse.commands import Commands
 from tests.fuse.conftest import SIZE, Opener
 from tests.fuse.control import control
 from tests.mounts import HealfsMount
@@ -132,13 +133,15 @@ def test_another_disk_without_the_log(away: Away) -> None:
     assert blocks(other) == (bytes(4096), WAITING)
 
 
-@pytest.mark.xfail(strict=True, reason="the engine's consent outlives the try that it was for")
 def test_consent_is_for_the_disk_that_was_there(away: Away) -> None:
     away.come_back_as(away.exchange.image("small", SIZE // 2), "the disk", says=f"{SIZE // 2}")
-    away.mount.run("accept", str(away.mount.mountpoint), "--replay", check=False)
-    away.exchange.server.kill()
-    away.mount.wait_state("stalled")
-    away.come_back_as(away.exchange.image("third"), "a third", says="description")
+    with control(away.mount) as control_:
+        control_.execute("healfs-accept", replay=True)  # a smaller disk: it cannot be
+        away.exchange.server.kill()
+        control_.state("stalled")
+        away.exchange.serve(away.exchange.image("third"), "a third")
+        found = control_.until(lambda status: status["state"] in ("mismatch", "ready"))
+    assert found["state"] == "mismatch"
 
 
 def test_what_cannot_be_accepted(away: Away) -> None:
@@ -187,6 +190,90 @@ def test_the_connection_that_hangs_is_given_up(
     disk.ask("pwrite", 0, WAITING)
     mount.wait_until(lambda status: status["requests"]["parked"] == 1)
     assert mount.status()["requests"]["unsettled"] == 1
+
+
+def test_the_first_disk_is_too_small(exchange: Exchange, healfs_mount: Mounter) -> None:
+    uri = exchange.server.uri()
+    mount = healfs_mount(
+        uri, "--no-wait", "--size", str(SIZE), "--retry-interval", "100ms", "--settle", "0"
+    )
+    mount.wait_state("connecting")
+    exchange.serve(exchange.image("small", SIZE // 2))
+    assert f"{SIZE // 2} bytes" in mount.wait_state("mismatch")["reason"]
+    exchange.server.kill()
+    mount.wait_state("connecting")
+    exchange.serve(exchange.image("disk.raw"))
+    mount.wait_state("ready")
+
+
+def test_a_pause_in_a_mismatch_ends_in_it(away: Away) -> None:
+    other = away.exchange.image("other")
+    away.come_back_as(other, "another", says="description")
+    with control(away.mount) as control_:
+        control_.execute("stop")
+        control_.state("paused")
+        said = accept(away.mount, "--drop")
+        assert said.returncode == 1 and "is paused, not in mismatch" in said.stderr, said
+        control_.execute("cont")
+        control_.state("mismatch")
+    assert blocks(other) == (bytes(4096), bytes(4096))
+
+
+# --- fences -------------------------------------------------------------------------------------
+
+
+def test_a_fence_decides(
+    exchange: Exchange, healfs_mount: Mounter, agent: Opener, tmp_path: Path
+) -> None:
+    """It is run with the source and the identity, again until it succeeds."""
+    told, may = tmp_path / "told", tmp_path / "may"
+    fence = f"env >{told}; test -e {may} || {{ echo not yet >&2; exit 3; }}"
+    exchange.serve(exchange.image("disk.raw"))
+    mount = healfs_mount(exchange.server.uri(), "--fence", fence, "--retry-interval", "100ms")
+    disk = agent(mount.file)
+    exchange.server.pause()
+    wait_until(lambda: stopped(exchange.server.pid), "the server to stop")
+    disk.ask("pwrite", 0, ANSWERED)
+    mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
+    with control(mount) as control_:
+        mount.run("reconnect", str(mount.mountpoint))
+        reason = control_.event("HEALFS_FENCE_FAILED")["data"]["reason"]
+        assert reason == "it ended with status 3: not yet"
+        exchange.server.resume()
+        assert disk.answer().value == len(ANSWERED)  # the same bytes
+        disk.ask("pwrite", 0, WAITING)
+        control_.parked(1)
+        control_.event("HEALFS_FENCE_FAILED")
+        assert not disk.answered
+        may.touch()
+        assert disk.answer().value == len(WAITING)
+        assert control_.status()["requests"]["unsettled"] == 0
+    environment = told.read_text().splitlines()
+    assert f"HEALFS_SOURCE={exchange.server.uri()}" in environment
+    assert "HEALFS_IDENTITY_DESCRIPTION=the disk" in environment
+
+
+# --- what mount says ----------------------------------------------------------------------------
+
+
+def test_a_server_that_cannot_flush(commands: Commands) -> None:
+    script = (f"get_size=echo {SIZE}", "pread=head -c $3 /dev/zero", "pwrite=cat >/dev/null")
+    with nbdkit("eval", *script) as server:
+        done = commands.mount(server.uri())
+        assert done.returncode == 0 and done.stdout == f"{commands.file}\n", done
+        note, log = done.stderr.splitlines()
+        assert "cannot flush" in note
+        assert log.startswith("healfs: no write log: ") and "cannot flush" in log
+        shown = commands.run("status", commands.mountpoint).stdout
+        assert "off: the backend cannot flush" in shown
+        assert commands.run("umount", commands.mountpoint).returncode == 0
+
+
+def test_the_log_is_as_large_as_the_operator_says(image: Path, healfs_mount: Mounter) -> None:
+    mount = healfs_mount(image, "--log-size", "3000000", "--log-entries", "2000")
+    log = mount.status()["write_log"]
+    assert (log["limit_bytes"], log["limit_requests"]) == (3002368, 2000 - 512)
+    assert mount.printed == f"{mount.file}\n"
 
 
 # --- files --------------------------------------------------------------------------------------

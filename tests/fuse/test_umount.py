@@ -183,28 +183,6 @@ def test_umount_8_from_outside_ends_the_daemon(commands: Commands, image: Path) 
     commands.nothing_left(GENEROUS)
 
 
-def test_the_death_of_the_worker_takes_the_mount_away(
-    away: tuple[Commands, NbdServer, Agent],
-) -> None:
-    commands, _, writer = away
-    os.kill(_pids(commands)["worker"], signal.SIGKILL)
-    assert writer.answer().errno in (errno.ECONNABORTED, errno.ENOTCONN)
-    commands.nothing_left(GENEROUS)
-    assert "the worker ended with signal 9" in commands.log()
-
-
-def test_the_death_of_the_worker_is_the_keepers_exit_status(
-    commands: Commands, image: Path
-) -> None:
-    staying = commands.start("mount", image, commands.mountpoint, "--foreground")
-    wait_until(lambda: commands.is_mounted and commands.run_files(), "a mount")
-    os.kill(_pids(commands)["worker"], signal.SIGKILL)
-    _, said = staying.communicate(timeout=GENEROUS)
-    assert staying.returncode == 1
-    assert "the worker ended with signal 9" in said
-    commands.nothing_left()
-
-
 def test_umount_clears_what_a_killed_daemon_left(commands: Commands, image: Path) -> None:
     _mounted(commands, image)
     pids = _pids(commands)

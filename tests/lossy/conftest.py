@@ -25,7 +25,8 @@ def stable(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(stable: Path) -> Iterator[LossyServer]:
-    with LossyServer(stable) as running:
+    running = LossyServer(stable)
+    with running:
         yield running
 
 

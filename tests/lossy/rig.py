@@ -32,13 +32,14 @@ class LossyServer(NbdServer):
         super().__init__(self._arguments, limit=600)
         self.stable = stable
         self.late_delay = late_delay
+        self.initial: dict[str, Any] = {}  # settings of its next lives
         self.journal = stable.with_suffix(".journal")
         self.handover = stable.with_suffix(".held")
 
     def _arguments(self, server: NbdServer) -> Sequence[str]:
         late = [] if self.late_delay is None else [str(self.late_delay)]
         files = [str(path) for path in (self.path, self.stable, self.journal, self.handover)]
-        return [sys.executable, "-S", "-E", lossy.__file__, *files, *late]
+        return [sys.executable, "-S", "-E", lossy.__file__, *files, json.dumps(self.initial), *late]
 
     def set(self, **settings: Any) -> dict[str, Any]:
         """Change settings, or with none: the state."""
@@ -82,6 +83,56 @@ class LossyServer(NbdServer):
         if self.handover.exists():
             with open(self.handover, "r+b") as file:
                 file.write(struct.pack("<d", deadline))
+
+
+class FailingStore:
+    """failing_store.py, and a loop device on its file."""
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self.mountpoint = directory / "failing"
+        self.mountpoint.mkdir()
+        self.commands = directory / "commands"
+        self.tell("")
+        self.process = subprocess.Popen(
+            [
+                *("setpriv", "--pdeathsig", "KILL", sys.executable),
+                *(Path(__file__).with_name("failing_store.py"), self.mountpoint),
+                *(self.commands, str(size)),
+            ]
+        )
+        self.device = ""
+        try:
+            wait_until(self.mountpoint.is_mount, "the failing store's mount")
+            words = ["losetup", "--find", "--show", str(self.mountpoint / "disk.img")]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+            if done.returncode:
+                pytest.skip(f"no loop device: {done.stderr.strip()}")
+            self.device = done.stdout.strip()
+        except BaseException:
+            self.close()
+            raise
+
+    def tell(self, words: str) -> None:
+        new = self.commands.with_suffix(".new")
+        new.write_text(words)
+        new.replace(self.commands)
+
+    def said(self, word: str) -> list[str]:
+        """The lines of its log that begin with the word."""
+        lines = Path(f"{self.commands}.log").read_text().splitlines()
+        return [line for line in lines if line.split()[0] == word]
+
+    @property
+    def medium(self) -> Path:
+        return Path(f"{self.commands}.stable")
+
+    def close(self) -> None:
+        self.tell("")
+        if self.device:
+            subprocess.run(["losetup", "--detach", self.device], check=False, timeout=SECONDS)
+        subprocess.run(["umount", "--lazy", self.mountpoint], check=False, timeout=SECONDS)
+        self.process.terminate()
+        self.process.wait(SECONDS)
 
 
 class Checker:

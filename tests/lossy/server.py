@@ -1,4 +1,4 @@
-"""usage: server.py SOCKET STABLE JOURNAL HANDOVER [LATE_DELAY]
+"""usage: server.py SOCKET STABLE JOURNAL HANDOVER SETTINGS [LATE_DELAY]
 
 An NBD server that keeps what it has answered in memory until it is told to flush, and that can
 carry out a write long after the connection it came on has ended. Standard library only.
@@ -8,7 +8,8 @@ that were taken and neither carried out nor answered: it outlives kill -9, and i
 LATE_DELAY seconds after the next client has connected (without it: when they are told to). It
 begins with the time (time.monotonic) after which nothing of it may land, 0: none.
 
-SOCKET.control takes settings, a JSON object a line, and answers with the state: see Settings.
+SETTINGS is a JSON object: see Settings. SOCKET.control takes such objects, one a line, and answers
+each with the state.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ FLAGS = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6
 OPT_ABORT, OPT_GO = 2, 7
 REP_ACK, REP_INFO, REP_ERR_UNSUP = 1, 3, (1 << 31) | 1
 
-# What the journal says: a client is in, a write or a flush was answered, a write landed late.
+# What the journal says: a client is in, a write was answered, a flush was
+# carried out, a write landed late.
 CONNECTED, WRITTEN, FLUSHED, LATE = b"CWFL"
 RECORD = struct.Struct("<BxxxIQQd")
 HELD = struct.Struct("<QQ")  # offset, length; the data follows
@@ -74,6 +76,7 @@ class Settings:
     drop: bool = False  # a flush that fails drops the cache, as Linux marks its pages clean
     flush_errno: int = errno.EIO
     flush_delay: float = 0.0  # seconds until a flush is answered; others go on meanwhile
+    flush_early: bool = False  # it is carried out before that delay: covers nothing that came in it
     refuse: list[list[int]] = field(default_factory=list)  # writes: [start, end, errno]
 
 
@@ -89,7 +92,14 @@ class Held:
 
 
 class Server:
-    def __init__(self, stable: str, journal: str, handover: str, late_delay: float | None) -> None:
+    def __init__(
+        self,
+        stable: str,
+        journal: str,
+        handover: str,
+        settings: Settings,
+        late_delay: float | None,
+    ) -> None:
         self.file = os.open(stable, os.O_RDWR)
         self.size = os.fstat(self.file).st_size
         self.cache = bytearray(os.pread(self.file, self.size, 0))
@@ -97,7 +107,7 @@ class Server:
         self.journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.handover = handover
         self.late_delay = late_delay
-        self.settings = Settings()
+        self.settings = settings
         self.lock = threading.RLock()
         self.held: list[Held] = []
         self.counters = dict.fromkeys(("flushes", "failed_flushes", "refused", "late"), 0)
@@ -117,7 +127,7 @@ class Server:
         else:
             self.dirty.update(blocks)
 
-    def flush(self) -> int:
+    def flush(self, records: list[bytes]) -> int:
         if self.settings.fail_flushes:
             self.settings.fail_flushes -= 1
             self.counters["failed_flushes"] += 1
@@ -132,6 +142,7 @@ class Server:
             os.pwrite(self.file, self.cache[at : at + BLOCK], at)
         self.dirty.clear()
         self.counters["flushes"] += 1
+        records.append(self.record(FLUSHED, 0, 0, 0))
         return 0
 
     # --- late writes ------------------------------------------------------------------------
@@ -201,7 +212,9 @@ class Server:
         data = bytearray()
         while chunk := conn.recv(1 << 20):
             data += chunk
-            at, replies, records = 0, [], []
+            at = 0
+            replies: list[bytes] = []
+            records: list[bytes] = []
             with self.lock:
                 while len(data) - at >= REQUEST.size:
                     magic, flags, command, cookie, offset, length = REQUEST.unpack_from(data, at)
@@ -263,12 +276,13 @@ class Server:
                 self.store(offset, body, through=through)
                 records.append(self.record(WRITTEN, zlib.crc32(body), offset, length, through))
         elif command == FLUSH:
-            if self.settings.flush_delay:
-                threading.Timer(self.settings.flush_delay, self.flush_later, (request,)).start()
+            delay = self.settings.flush_delay
+            early = self.settings.flush_early or not delay
+            error = self.flush(records) if early else 0
+            if delay:
+                result = error if early else None
+                threading.Timer(delay, self.flush_later, (request, result)).start()
                 return
-            error = self.flush()
-            if not error:
-                records.append(self.record(FLUSHED, 0, 0, 0))
         elif command != TRIM:  # a hint
             error = errno.EINVAL
         replies.append(REPLY.pack(REPLY_MAGIC, error, request.cookie) + data)
@@ -280,15 +294,16 @@ class Server:
                 return error
         return 0
 
-    def flush_later(self, request: Held) -> None:
+    def flush_later(self, request: Held, error: int | None) -> None:
         with self.lock:
-            error = self.flush()
+            records: list[bytes] = []
+            if error is None:
+                error = self.flush(records)
             try:
                 request.conn.sendall(REPLY.pack(REPLY_MAGIC, error, request.cookie))
             except OSError:
-                return
-            if not error:
-                os.write(self.journal, self.record(FLUSHED, 0, 0, 0))
+                pass
+            os.write(self.journal, b"".join(records))
 
     # --- control ----------------------------------------------------------------------------
 
@@ -337,8 +352,11 @@ def accept(listener: socket.socket, serve: object) -> None:
         threading.Thread(target=serve, args=(conn,), daemon=True).start()  # type: ignore[arg-type]
 
 
-def main(path: str, stable: str, journal: str, handover: str, delay: str = "") -> None:
-    server = Server(stable, journal, handover, float(delay) if delay else None)
+def main(
+    path: str, stable: str, journal: str, handover: str, settings: str, delay: str = ""
+) -> None:
+    given = Settings(**json.loads(settings))
+    server = Server(stable, journal, handover, given, float(delay) if delay else None)
     control = listen(f"{path}.control")
     threading.Thread(target=accept, args=(control, server.control), daemon=True).start()
     accept(listen(path), server.serve)

@@ -210,18 +210,23 @@ def test_an_answer_that_comes_late_settles(
         assert new.ok("pread", 0, 4096) == NEW
 
 
+def _in_flight(disk: Control, count: int) -> None:
+    disk.until(lambda status: status["requests"]["in_flight"] == count)
+
+
 def test_what_the_socket_never_took_is_not_unsettled(
     server: LossyServer, healfs_mount: Mounter, agent: Opener
 ) -> None:
     """A server that reads nothing takes a part of the queue; the rest cannot land."""
     mount = healfs_mount(server.uri(), "--settle", f"{LONG:g}s", "--slow-after", "500ms")
     writers = [agent(mount.file) for _ in range(12)]  # of more than the socket takes
-    length = 1 << 20
+    step = 1 << 20
+    length = step - 4096  # one request, wherever in its page the writer's buffer begins
     with control(mount) as disk:
         server.pause()
         for number, writer in enumerate(writers):
-            writer.ask("pwrite", number * length, b"o" * length)
-            disk.until(lambda s, sent=number + 1: s["requests"]["in_flight"] == sent)
+            writer.ask("pwrite", number * step, b"o" * length)
+            _in_flight(disk, number + 1)
         server.kill()
         server.start()
         for writer in writers:
@@ -229,4 +234,4 @@ def test_what_the_socket_never_took_is_not_unsettled(
         unsettled = disk.status()["requests"]["unsettled"]
         assert 0 < unsettled < len(writers)
         # The last one was never taken: a newer write to its range waits for nothing.
-        assert writers[0].do("pwrite", 11 * length, NEW, seconds=LONG / 2).value == 4096
+        assert writers[0].do("pwrite", 11 * step, NEW, seconds=LONG / 2).value == 4096

@@ -306,4 +306,4 @@ class Server:
 
 
 def _sectors(request: Request) -> range:
-    return range(request.offset // SECTOR, request.end // SECTOR)
+    return range(request.offset // SECTOR, (request.offset + request.length) // SECTOR)
