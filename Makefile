@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 MAN := $(patsubst %.scd,build/%,$(wildcard man/*.scd))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak bench man clean
+.PHONY: help setup demo test soak sim bench man clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /    make \1\t/p' Makefile | expand -t 20
@@ -40,6 +40,10 @@ test: setup ## lint, types, import rules, and all tests but those marked soak
 
 soak: setup ## the tests with full counts (long)
 	$(BIN)/python -m pytest -m soak
+
+SEEDS ?= 1000
+sim: setup ## the engine in the simulator: make sim SEEDS=N
+	$(BIN)/python -m tests.sim.run --log --seeds $(SEEDS)
 
 bench: setup ## a table of ratios beside qemu-storage-daemon and nbdfuse
 	$(BIN)/python -m tests.bench
