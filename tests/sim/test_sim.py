@@ -63,6 +63,7 @@ def test_the_oracle_is_fair():
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_ten_thousand_seeds(capsys):
     total = Sum()
     for seed in range(10_000):
