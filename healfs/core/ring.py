@@ -44,6 +44,11 @@ class PayloadRing:
         self.window: memoryview | None = memory[:message]
 
     @property
+    def head(self) -> int:
+        """Where the next payload goes: a position that only grows, as Slot.end."""
+        return self._head
+
+    @property
     def used(self) -> int:
         return self._head - self._tail
 
@@ -95,15 +100,16 @@ class PayloadRing:
             self.overflow -= len(slot.data)
             return
         slot.free = True
-        self._advance()
+        self.advance()
 
     def unpin(self, slots: list[Slot]) -> None:
         """Nothing of the closed connection goes on any more."""
         for slot in slots:
             slot.pinned = False
-        self._advance()
+        self.advance()
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """Free the tail, as far as nothing holds it back."""
         slots = self._slots
         while slots and slots[0].free and not slots[0].pinned:
             self._tail = slots.popleft().end

@@ -139,7 +139,10 @@ class WriteLog:
         """Bring what holds back the ring's tail to its head: a write that does not land for long
         (a bad sector, a range that is not settled) must not stop those to other ranges."""
         ring = self.ring
+        once_round = ring.head
         while ring.used * 2 >= ring.size and (slot := ring.oldest()) is not None:
+            if slot.end > once_round or not self._free:
+                return
             request = slot.request
             if not isinstance(request, Request) or request.record < 0:
                 return
@@ -153,8 +156,11 @@ class WriteLog:
             state = COMPLETED if request.completed else SENT
             copy.request = request
             request.owner, request.data = copy, copy.data
-            STATE.pack_into(self._table, request.record * 64, FREE)
+            # A new record before the old one goes: killed in between, recover() finds both.
+            old, request.record = request.record, self._free.pop()
             self._write(request.record, state, request)
+            STATE.pack_into(self._table, old * 64, FREE)
+            self._free.append(old)
             ring.release(slot)
 
     def _is_stuck(self, request: Request) -> bool:
@@ -221,8 +227,28 @@ class WriteLog:
         `hold` tells which entries stay for now although they are stable.
         """
         completed = self._completed
+        if hold is not None:
+            while completed and completed[0].completed <= mark:
+                self._stable(completed.popleft(), hold)
+            return
+        # `leave`, at the cost of no call for each of thousands of entries.
+        table, free, entries, pack = self._table, self._free, self._entries, STATE.pack_into
         while completed and completed[0].completed <= mark:
-            self._stable(completed.popleft(), hold)
+            request = completed.popleft()
+            index = request.record
+            if index >= 0:
+                pack(table, index * 64, FREE)
+                free.append(index)
+                request.record = -1
+                del entries[request.order]
+            slot = request.owner
+            if slot is not None:
+                request.data = request.owner = slot.request = None
+                if slot.end:
+                    slot.free = True
+                else:
+                    self.ring.overflow -= len(slot.data)
+        self.ring.advance()
 
     def _stable(self, request: Request, hold: Callable[[Request], bool] | None) -> None:
         if hold is not None and (hold(request) or self._hides_held(request)):
@@ -303,7 +329,7 @@ class WriteLog:
 
         A completed entry's request.completed is 1, an unanswered one's 0.
         """
-        found: list[Request] = []
+        by_order: dict[int, Request] = {}
         attempts: list[Attempt] = []
         self._free = []
         for index in range(self.limit + RESERVED):
@@ -311,6 +337,9 @@ class WriteLog:
             state, kind, flags, _, order, tag, offset, length, place, end, until = fields
             if state == UNSETTLED:
                 attempts.append(Attempt(offset, offset + length, order, until, index))
+            elif state in (SENT, COMPLETED) and order in by_order:  # see move_up
+                STATE.pack_into(self._table, index * 64, FREE)
+                self._free.append(index)
             elif state in (SENT, COMPLETED):
                 request = Request(
                     Kind(kind),
@@ -327,11 +356,11 @@ class WriteLog:
                     slot = Slot(self.ring.adopt(place, length), place, end)
                     slot.request = request
                     request.owner, request.data = slot, slot.data
-                found.append(request)
+                by_order[order] = request
             else:
                 self._free.append(index)
         self._free.reverse()
-        found.sort(key=lambda request: request.order)
+        found = [by_order[order] for order in sorted(by_order)]
         self._entries = {request.order: request for request in found}
         self.ring.restore([r.owner for r in found if r.owner is not None])
         return found, attempts

@@ -1,0 +1,141 @@
+"""Who waits, looked up in /proc: real processes, and thread numbers that are used again."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from healfs.core.request import Kind, Request
+from healfs.fuse.callers import UNKNOWN, Callers, is_leaving, process_of
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 60  # seconds
+# The caller of one request is a thread that ends; its number is then a process's that lives.
+USED_AGAIN = """
+import json, os, subprocess, sys, time
+from healfs.core.request import Kind, Request
+from healfs.fuse import callers
+
+def request(tag, caller):
+    made = Request(Kind.WRITE, 0, 1, lambda *answer: None, tag=tag)
+    made.caller = caller
+    return made
+
+class Clock:
+    now = 1000.0
+    monotonic = classmethod(lambda cls: cls.now)
+
+callers.time = Clock
+threaded = (
+    "import sys, threading\\n"
+    "threading.Thread(target=lambda: print(threading.get_native_id(), flush=True)"
+    " or threading.Event().wait(), daemon=True).start()\\n"
+    "sys.stdin.read()"
+)
+first = subprocess.Popen(
+    [sys.executable, "-c", threaded], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+)
+thread = int(first.stdout.readline())
+known = callers.Callers()
+noted = known.note(request(1, thread))
+first.kill()
+first.wait()
+with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+    last.write(str(thread - 1))
+second = subprocess.Popen(["sleep", "60"])
+Clock.now += float(sys.argv[1])
+again = request(2, second.pid)
+known.note(again)
+print(json.dumps({
+    "same number": second.pid == thread,
+    "noted": noted == first.pid,
+    "let go": len(known.leaving({2: again})),
+    "named": known.note(again) == second.pid,
+}))
+second.kill()
+"""
+
+
+def _request(tag: int, caller: int) -> Request:
+    request = Request(Kind.WRITE, 0, 1, lambda *answer: None, tag=tag)
+    request.caller = caller
+    return request
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    running = subprocess.Popen(["sleep", str(LIMIT)])
+    yield running
+    running.kill()
+    running.wait()
+
+
+def test_a_thread_is_known_by_its_process() -> None:
+    script = "import threading,sys; print(threading.get_native_id()); sys.stdout.flush(); input()"
+    threaded = f"import threading; threading.Thread(target=lambda: exec({script!r})).start()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", threaded], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None
+        thread = int(child.stdout.readline())
+        assert thread != child.pid and process_of(thread) == child.pid
+        assert not is_leaving(child.pid)
+    finally:
+        child.kill()
+        child.communicate(timeout=LIMIT)
+
+
+def test_who_is_killed_is_leaving_before_he_is_reaped(process: subprocess.Popen[bytes]) -> None:
+    callers = Callers()
+    requests = {1: _request(1, process.pid), 2: _request(2, threading.get_native_id())}
+    assert not callers.leaving(requests)
+    process.send_signal(signal.SIGKILL)  # pending at once; a zombie is exiting, too
+    assert callers.leaving(requests) == [requests[1]]
+    process.wait(LIMIT)
+    assert callers.leaving(requests) == [requests[1]] and is_leaving(process.pid)
+
+
+def test_a_caller_of_another_pid_namespace_is_unknown_and_never_let_go(
+    process: subprocess.Popen[bytes],
+) -> None:
+    callers = Callers()
+    requests = {1: _request(1, 0), 2: _request(2, process.pid)}
+    assert [callers.note(request) for request in requests.values()] == [UNKNOWN, process.pid]
+    assert not callers.leaving(requests)
+    assert callers.unknown(requests) == 1
+
+
+def test_a_process_is_known_after_its_thread_has_gone(process: subprocess.Popen[bytes]) -> None:
+    """It is looked up when the request is parked, and remembered by the request."""
+    callers = Callers()
+    request = _request(1, process.pid)
+    assert callers.note(request) == process.pid
+    process.kill()
+    process.wait(LIMIT)
+    assert callers.note(request) == process.pid
+    assert callers.leaving({1: request}) == [request]
+
+
+def test_a_thread_number_that_is_used_again_is_another_caller() -> None:
+    """In a pid namespace of its own, where numbers are given out as the test says."""
+    done = subprocess.run(
+        [
+            *("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"),
+            *("--mount-proc", sys.executable, "-c", USED_AGAIN, "1.5"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        **{"same number": True, "noted": True},
+        **{"let go": 0, "named": True},
+    }

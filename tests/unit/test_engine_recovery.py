@@ -1,0 +1,495 @@
+"""What was answered and not flushed, after an error, an outage or with a log that is full."""
+
+import errno as e
+from collections.abc import Callable
+
+import pytest
+
+from healfs.core.engine import Limits
+from healfs.core.request import Kind, Request
+from tests.unit.playbook import BLOCK, Playbook, policy, retry
+
+BIG = 64 << 20
+CHUNK = 16  # blocks: 64 KiB
+
+
+class Disk(Playbook):
+    """A playbook whose backend has a volatile cache, and that answers by a rule.
+
+    `drive` answers all that is in flight and what is sent upon that; `own` are the pieces of
+    replays and the flushes among it.
+    """
+
+    def __init__(self, *arguments, size=BIG, **keywords):
+        super().__init__(*arguments, up=False, **keywords)
+        self.flying: dict[int, Request] = {}
+        self.pieces: list[Request] = []  # of replays, all there were
+        self.on_send = self._note
+        self.engine.start()
+        self.back(size)
+        self.take()
+
+    def back(self, size=BIG, **keywords):
+        self.up(size, **{"volatile_cache": True} | keywords)
+
+    def _note(self, request):
+        self.flying[request.order] = request
+        if request.internal and request.kind is not Kind.FLUSH:
+            self.pieces.append(request)
+
+    def close(self):
+        super().close()
+        self.flying.clear()
+
+    def request(self, name, kind, offset=0, length=0, *, fua=False):
+        """As the channel makes it: the payload is in the ring, or outside when there is no room."""
+
+        def answered(request, errno, data):
+            assert name not in self.answers, f"a second answer to {name}"
+            self.answers[name] = errno, None if data is None else bytes(data)
+
+        request = Request(kind, offset, length, answered, fua=fua)
+        if kind is Kind.WRITE:
+            ring = self.engine.log.ring
+            ring.target()[:length] = _content(name, length)
+            slot = request.owner = ring.keep(length)
+            request.data, slot.request = slot.data, request
+        self.engine.submit(request)
+        return request
+
+    def drive(self, rule: Callable[[Request], int] = lambda request: 0, rounds: int = 8) -> None:
+        for _ in range(rounds):
+            flying, self.flying = self.flying, {}
+            for request in flying.values():
+                data = bytes(request.length) if request.kind is Kind.READ else None
+                self.engine.completed(request, rule(request), data)
+
+    def drive_for(self, seconds, rule=lambda request: 0, step=0.25):
+        end = self.now + seconds
+        while self.now < end:
+            self.run(step)
+            self.drive(rule)
+
+    def written(self, name, block, blocks=1):
+        """A write that the backend has done, and that is answered."""
+        self.write(name, block, blocks)
+        self.drive()
+        assert self.answers[name] == (0, None)
+
+    def replayed(self):
+        return [(r.kind, r.offset // BLOCK, r.length // BLOCK) for r in self.pieces]
+
+    def succeeded(self, name):
+        return self.answers.get(name) == (0, None)
+
+
+def _content(name, length):
+    return (name.encode() * length)[:length]
+
+
+def _touches(block):
+    def rule(request):
+        first = request.offset <= block * BLOCK < request.offset + request.length
+        return e.EIO if first and request.kind is Kind.WRITE else 0
+
+    return rule
+
+
+def _replays_fail(request):
+    return e.EIO if request.internal and request.kind is not Kind.FLUSH else 0
+
+
+# --- a failed FUA write -------------------------------------------------------------------------
+
+
+def test_a_failed_fua_write_makes_all_that_is_not_flushed_come_again():
+    """Its own fsync has used up the error that tells of everybody's writes."""
+    disk = Disk()
+    disk.written("a", 0)
+    fua = disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    disk.flush("early")
+    disk.drive(lambda request: e.EIO if request is fua else 0, rounds=1)
+    assert not disk.succeeded("early")
+    disk.flush("late")
+    assert disk.state == "replaying" and not disk.succeeded("late")
+    disk.drive(lambda request: e.EIO if request is fua else 0)
+    assert (Kind.WRITE, 0, 1) in disk.replayed()
+    disk.drive_for(5)
+    assert all(disk.succeeded(name) for name in ("b", "early", "late"))
+    disk.flush("last")
+    disk.drive()
+    assert disk.state == "ready" and disk.succeeded("last") and not len(disk.engine.log)
+
+
+@pytest.mark.parametrize("flush_last", [True, False])
+def test_a_flush_beside_a_failed_fua_write_proves_nothing(flush_last):
+    disk = Disk()
+    disk.written("a", 0)
+    fua = disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    disk.flush("f")
+    flush = next(r for r in disk.flying.values() if r.kind is Kind.FLUSH)
+    disk.flying.clear()
+    if flush_last:
+        disk.engine.completed(fua, e.EIO)
+        disk.engine.completed(flush, 0)
+        assert "f" not in disk.answers and not disk.pieces == []
+        disk.drive_for(5)
+        assert (Kind.WRITE, 0, 1) in disk.replayed()
+    else:  # it was answered before the error: what it covers is stable
+        disk.engine.completed(flush, 0)
+        disk.engine.completed(fua, e.EIO)
+        disk.drive_for(5)
+        assert not disk.pieces
+    assert disk.succeeded("f") and disk.succeeded("b")
+
+
+def test_a_failed_write_without_fua_is_its_own_matter():
+    disk = Disk()
+    disk.written("a", 0)
+    disk.write("b", 5)
+    disk.drive(_touches(5), rounds=1)
+    disk.flush("f")
+    disk.drive(rounds=1)
+    assert disk.succeeded("f") and not disk.pieces
+
+
+# --- before the first connection ----------------------------------------------------------------
+
+
+@pytest.fixture
+def unseen():
+    """mount --no-wait: the size is known, and nothing else."""
+    play = Playbook(up=False)
+    play.engine.size = BIG
+    play.engine.start()
+    play.take()
+    return play
+
+
+def test_writes_before_the_first_connection_are_ordered_by_the_largest_block(unseen):
+    unseen.request("a", Kind.WRITE, 0, 512)
+    unseen.request("b", Kind.WRITE, 512, 512)
+    unseen.request("c", Kind.WRITE, 65536 - 512, 512)
+    unseen.request("d", Kind.WRITE, 65536, 512)
+    unseen.up(BIG, align=65536)
+    unseen.expect("send a", "send d")
+    unseen.ok("a")
+    unseen.expect("answer a", "send b")
+    unseen.ok("b")
+    unseen.expect("answer b", "send c")
+
+
+@pytest.mark.parametrize("align", [1, 512])
+def test_after_it_the_blocks_of_the_backend_count(unseen, align):
+    unseen.up(BIG, align=align)
+    unseen.request("a", Kind.WRITE, 0, 512)
+    unseen.request("b", Kind.WRITE, 512, 512)
+    unseen.expect("send a", "send b")
+
+
+# --- one write that does not land ---------------------------------------------------------------
+
+
+def _bad_range(request):
+    return e.ENOSPC if request.kind is Kind.WRITE and request.offset == 0 else 0
+
+
+@pytest.mark.parametrize("given", [None, policy(retry(timeout=3600))])
+def test_a_write_that_never_lands_stops_no_other(given):
+    """Sixteen times as many bytes as the log has room for go past it."""
+    disk = Disk(given)
+    disk.write("bad")
+    disk.drive(_bad_range)
+    for number in range(1, 1000):
+        disk.write(f"w{number}", number * CHUNK, CHUNK)
+        disk.drive(_bad_range)
+    disk.drive_for(5, _bad_range)
+    assert len(disk.answers) == 999 and "bad" not in disk.answers
+    bad = []
+    disk.drive_for(3, lambda r: bad.append(bytes(r.data)) or 0 if r.kind is Kind.WRITE else 0)
+    assert bad == [_content("bad", BLOCK)] and disk.succeeded("bad")
+
+
+def test_a_suspect_entry_stops_no_other_write():
+    """Answered and refused in the replay: it is moved up, too, and is written as it was."""
+    disk = Disk()
+    disk.written("bad", 0)
+    disk.lose()
+    disk.take()
+    disk.back()
+    rule = _touches(0)
+    disk.drive(rule)
+    for number in range(1, 300):
+        disk.write(f"w{number}", number * CHUNK, CHUNK)
+        disk.drive_for(0.5, rule)
+    disk.drive_for(5, rule)
+    assert len(disk.answers) == 300
+    disk.read("r", 0)
+    disk.drive()
+    assert disk.answers["r"] == (0, _content("bad", BLOCK))
+    disk.pieces.clear()
+    disk.flush("f")
+    landed = []
+    disk.drive_for(5, lambda r: landed.append((r.offset, bytes(r.data))) or 0 if r.data else 0)
+    assert (0, _content("bad", BLOCK)) in landed and disk.succeeded("f")
+
+
+@pytest.mark.timeout(15)  # moving up without an end
+@pytest.mark.parametrize("kind", [Kind.WRITE, Kind.WRITE_ZEROES, Kind.DISCARD])
+def test_a_ring_half_full_of_failing_writes_stops_no_other(kind):
+    disk = Disk()
+
+    def rule(request):
+        return e.ENOSPC if request.kind is Kind.WRITE and request.offset < BIG // 2 else 0
+
+    for number in range(40):
+        disk.write(f"bad{number}", number * CHUNK, CHUNK)
+        disk.drive(rule)
+    disk.request("good", kind, BIG // 2, BLOCK)
+    disk.drive(rule)
+    assert disk.answers == {"good": (0, None)}
+    disk.drive_for(10)
+    assert len(disk.answers) == 41
+
+
+def _fill(disk):
+    """Answered writes without a flush until the ring is full: one goes to ordinary memory."""
+    for number in range(100):
+        disk.write(f"fill{number}", number * CHUNK, CHUNK)
+        if f"fill{number}" in disk.answers or disk.counts["parked"]:
+            break
+        disk.drive(rounds=1)
+    else:
+        raise AssertionError("the ring is never full")
+    return f"fill{number}"
+
+
+class Unflushed(Disk):
+    """Flushes are not answered."""
+
+    def drive(self, rule=lambda request: 0, rounds=8):
+        flushes = {o: r for o, r in self.flying.items() if r.kind is Kind.FLUSH}
+        self.flying = {o: r for o, r in self.flying.items() if o not in flushes}
+        super().drive(rule, rounds)
+        self.flying |= flushes
+
+
+def _others_are_answered(disk, seconds):
+    """Reads go on, so the disk is not silent."""
+    for _ in range(seconds):
+        disk.read(f"r{disk.now}", 15000)
+        disk.drive(rounds=1)
+        disk.run(1)
+
+
+def test_a_write_that_waits_for_room_does_so_under_retry_timeout():
+    disk = Unflushed(policy(write=retry(timeout=20)))
+    name = _fill(disk)
+    _others_are_answered(disk, 19)
+    assert name not in disk.answers and disk.state == "ready"
+    _others_are_answered(disk, 3)
+    assert disk.answers[name] == (e.EIO, None)
+    assert disk.counts["parked"] == 0
+
+
+def test_without_a_timeout_it_waits_until_there_is_room():
+    disk = Unflushed()
+    name = _fill(disk)
+    _others_are_answered(disk, 100)
+    assert name not in disk.answers
+    Disk.drive(disk)
+    assert disk.succeeded(name)
+
+
+def test_entries_beside_a_suspect_do_not_pile_up():
+    """Each successful flush of a replay frees what a newer entry hides."""
+    disk = Disk()
+    disk.written("old", 0, 16)
+    disk.lose()
+    disk.take()
+    disk.back()
+    bad = _touches(15)
+    disk.drive(bad)
+    disk.write("beside", 0, 15)
+    disk.drive(bad)
+    for number in range(300):
+        disk.write(f"w{number}", 3)
+        disk.drive_for(2, bad, step=1)
+    assert disk.state == "ready" and len(disk.answers) == 302
+    assert disk.engine.status()["write_log"]["requests"] <= 6
+    disk.flush("f")
+    disk.pieces.clear()
+    disk.drive_for(5)
+    assert disk.succeeded("f") and not len(disk.engine.log)
+
+
+# --- the replay ---------------------------------------------------------------------------------
+
+
+def test_a_replay_that_is_due_in_a_silence_comes_after_it():
+    """The backend refuses an entry, then hangs: when it answers again, so does the replay."""
+    disk = Disk(policy(retry(interval=30)), slow_after=5)
+    disk.written("a", 0)
+    disk.lose()
+    disk.take()
+    disk.back()
+    gap, last = 0.0, disk.now
+    while gap < 8:  # the pauses grow
+        disk.run(0.25)
+        if disk.pieces:
+            gap, last = disk.now - last, disk.now
+            disk.drive(_replays_fail)
+            disk.pieces.clear()
+    disk.read("r", 50)
+    disk.run(45)
+    assert disk.state == "stalled" and not disk.pieces
+    disk.drive(rounds=1)
+    assert disk.state == "ready" and "r" in disk.answers
+    disk.flush("f")
+    disk.drive_for(60)
+    assert disk.replayed() == [(Kind.WRITE, 0, 1)] and disk.succeeded("f")
+
+
+def test_zeroes_that_a_returned_server_cannot_write_are_written_as_bytes():
+    disk = Disk()
+    disk.zero("z", 1, 600)
+    disk.drive()
+    assert disk.succeeded("z")
+    disk.lose()
+    disk.take()
+    disk.back()
+    written = {}
+
+    def rule(request):
+        if request.kind is Kind.WRITE_ZEROES:
+            return e.EOPNOTSUPP
+        if request.kind is Kind.WRITE:
+            assert len(request.data) == request.length and not any(request.data)
+            written.update(dict.fromkeys(range(request.offset, request.offset + request.length)))
+        return 0
+
+    disk.drive(rule)
+    assert disk.state == "ready"
+    assert written.keys() == set(range(BLOCK, 601 * BLOCK))
+    assert max(r.length for r in disk.pieces if r.kind is Kind.WRITE) <= 1 << 20
+    disk.flush("f")
+    disk.drive(rule)
+    assert disk.succeeded("f") and not len(disk.engine.log)
+
+
+def test_the_next_replay_asks_again_whether_it_can():
+    disk = Disk()
+    disk.zero("z", 1, 2)
+    disk.drive()
+    for errno, kinds in ((e.EOPNOTSUPP, [Kind.WRITE_ZEROES, Kind.WRITE]), (0, [Kind.WRITE_ZEROES])):
+        disk.lose()
+        disk.run(40, refuse=True)
+        disk.take()
+        disk.pieces.clear()
+        disk.back()
+        zeroes = Kind.WRITE_ZEROES
+        # The flush fails with the connection: the entry is in the next replay, too.
+        disk.drive(lambda r, errno=errno: errno if r.kind is zeroes else 0, rounds=len(kinds))
+        assert [r.kind for r in disk.pieces] == kinds
+
+
+# --- another disk -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other():
+    """Another disk came back, and a write waits to be replayed."""
+    disk = Disk()
+    disk.written("a", 0)
+    disk.lose()
+    disk.back(mismatch="it is disk B")
+    assert disk.state == "mismatch"
+    disk.take()
+    return disk
+
+
+def test_accept_is_for_the_disk_that_the_operator_saw(other):
+    other.engine.accept(replay=True)
+    other.back(mismatch="it is disk B")
+    assert other.replayed() == [(Kind.WRITE, 0, 1)]
+    other.drive()
+    assert other.state == "ready"
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_accept_is_for_no_third_disk(other, refused):
+    other.engine.accept(replay=True)
+    if refused:  # the try that accept begins
+        other.refuse()
+        other.run(2)
+    other.back(mismatch="it is disk C")
+    assert other.state == "mismatch" and not other.pieces
+    assert other.told("HEALFS_MISMATCH")[-1]["reason"] == "it is disk C"
+
+
+def test_accept_is_used_up_by_the_disk_that_comes(other):
+    other.engine.accept(replay=True)
+    other.back()  # the right one, after all
+    other.drive()
+    assert other.state == "ready"
+    other.lose()
+    other.back(mismatch="it is disk B")
+    assert other.state == "mismatch"
+
+
+def test_a_disk_that_is_smaller_is_never_accepted(other):
+    other.engine.accept(replay=True)
+    other.back(BIG // 2, mismatch="it is disk B")
+    assert other.state == "mismatch" and not other.pieces
+
+
+# --- many requests ------------------------------------------------------------------------------
+
+
+class Counted(int):
+    """An order that counts how often it is compared."""
+
+    compared = 0
+
+    def __lt__(self, other):
+        Counted.compared += 1
+        return int(self) < int(other)
+
+    def __gt__(self, other):
+        Counted.compared += 1
+        return int(self) > int(other)
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return int(self) == int(other)
+
+    __hash__ = int.__hash__
+
+
+class Ordered(Request):
+    __slots__ = ("_order",)
+
+    @property
+    def order(self):
+        return self._order
+
+    @order.setter
+    def order(self, value):
+        self._order = Counted(value)
+
+
+def _comparisons_of_a_stop(count):
+    play = Playbook(size=count * BLOCK, limits=Limits(in_flight=count))
+    for number in range(count):
+        request = Ordered(Kind.READ, number * BLOCK, BLOCK, lambda *answer: None)
+        play.engine.submit(request)
+        play.engine.completed(request, e.EIO)
+    Counted.compared = 0
+    play.engine.set_policy(policy("stop"))
+    assert play.state == "paused" and play.counts["parked"] == count
+    return Counted.compared
+
+
+def test_a_stop_with_thousands_of_failing_requests_is_not_quadratic():
+    fewer, more = _comparisons_of_a_stop(1000), _comparisons_of_a_stop(2000)
+    assert 0 < more < 3 * fewer
