@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from healfs.core import ring, writelog
 from healfs.core.request import Kind, Request
 from healfs.core.ring import PAGE
-from healfs.core.writelog import RESERVED, Attempt, WriteLog, memory_size, visible
+from healfs.core.writelog import HEADER, RESERVED, Attempt, WriteLog, memory_size, visible
 
 ENTRIES = 2 * RESERVED + 16
 MESSAGE = 2 * PAGE
@@ -75,6 +75,17 @@ def _facts(request):
         *(request.tag, bool(request.completed)),
         None if request.data is None else bytes(request.data),
     )
+
+
+def _records(memory):
+    """How many entries a successor has room for, those that it finds included."""
+    world = World()
+    world.log = WriteLog(memoryview(bytearray(memory)), ENTRIES, MESSAGE)
+    world.log.recover(_nobody)
+    world.order = 1000
+    while world.log.enter(world.arrive(kind=Kind.DISCARD)):
+        pass
+    return len(world.log)
 
 
 def _kill_points(memory, action):
@@ -192,6 +203,8 @@ def test_a_worker_killed_in_move_up_loses_nothing():
     assert stuck.owner.place != place
     for memory in left:
         assert _recovered(memory) == expected
+    for table in {memory[HEADER:-PAYLOAD] for memory in left}:
+        assert _records(bytes(HEADER) + table + bytes(PAYLOAD)) == World().log.limit
 
 
 # --- the payloads -------------------------------------------------------------------------------
@@ -277,14 +290,16 @@ def test_move_up_leaves_alone_what_the_backend_reads_or_a_flush_will_free():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("wwccmmttl"), st.integers(0, 99)), max_size=60))
-def test_a_flush_takes_away_what_was_completed_before_it_was_sent(steps):
+@given(
+    st.lists(st.tuples(st.sampled_from("wwccmmttl"), st.integers(0, 99)), max_size=60),
+    st.sampled_from([None, lambda request: False]),
+)
+def test_a_flush_takes_away_what_was_completed_before_it_was_sent(steps, hold):
     world = World()
     sent, kept = [], {}  # kept: (session, moment of completion) by order
     flushes = []  # (session, moment of sending, mark)
-    session = moment = 0
-    for step, choice in steps:
-        moment += 1
+    session = 0
+    for moment, (step, choice) in enumerate(steps):
         if step == "w":
             sent.append(world.entered(kind=Kind.WRITE_ZEROES))
         elif step == "c" and sent:
@@ -296,7 +311,7 @@ def test_a_flush_takes_away_what_was_completed_before_it_was_sent(steps):
         elif step == "t" and flushes:
             on, at, mark = flushes.pop(choice % len(flushes))
             if on == session:  # the engine asks for no other
-                world.log.trim(mark)
+                world.log.trim(mark, hold)
                 kept = {o: k for o, k in kept.items() if k[0] != on or k[1] > at}
         elif step == "l":
             session += 1
