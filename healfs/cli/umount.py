@@ -83,11 +83,15 @@ def _kill(mount: Mount) -> None:
 
 
 def _tell(mount: Mount, answer: Any) -> None:
-    """Each kind of request that was answered with an error: how many, how much."""
-    given_up = answer.get("given_up") if isinstance(answer, dict) else None
+    """What is lost, and each kind of request that was answered with an error."""
+    given_up = dict(answer.get("given_up") or {}) if isinstance(answer, dict) else {}
+    unflushed = given_up.pop("unflushed", None)
     parts = [
         f"{n.get('requests', 0)} {kind.replace('_', ' ')} ({format_size(n.get('bytes', 0))})"
-        for kind, n in (given_up or {}).items()
+        for kind, n in given_up.items()
     ]
+    if unflushed:
+        count, size = unflushed.get("requests", 0), format_size(unflushed.get("bytes", 0))
+        error_line(f"{mount.mountpoint}: given up, answered but not flushed: {count} ({size})")
     if parts:
         error_line(f"{mount.mountpoint}: given up, answered with an error: {', '.join(parts)}")
