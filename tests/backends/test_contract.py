@@ -153,9 +153,9 @@ async def test_done_may_submit_and_commit(backend: Backend) -> None:
             await finished.wait()
 
 
-async def test_no_answer_after_close(backend: Backend, request: pytest.FixtureRequest) -> None:
-    if "nbdkit" in request.node.name:
-        pytest.skip("nbdkit 1.32.5 may die (assertion in raw_send_socket) of such a client")
+# Not nbdkit: 1.32.5 may die of such a client (an assertion in raw_send_socket).
+@pytest.mark.parametrize("backend", [kind for kind in KINDS if kind != "nbdkit"], indirect=True)
+async def test_no_answer_after_close(backend: Backend) -> None:
     async with connected(backend) as client:
         for n in range(300):
             kind = Kind.WRITE if n % 2 else Kind.READ
