@@ -228,10 +228,10 @@ def accept(worker: Worker, replay: bool) -> dict[str, Any]:
 
 async def umount(worker: Worker, force: bool) -> dict[str, Any]:
     try:
-        given_up = await worker.umount(force=force)
+        given_up = await worker.unmounting.umount(force=force)
     except (UnmountError, OSError) as exc:
         raise CommandError(str(exc)) from None
-    worker.end_soon()
+    worker.unmounting.end_soon()
     return {"given_up": given_up}
 
 

@@ -30,12 +30,13 @@ from healfs.backends.base import Backend, Geometry, SourceError
 from healfs.config import MountConfig
 from healfs.control.server import ControlServer
 from healfs.core.engine import Engine
-from healfs.core.request import Kind, Request
+from healfs.core.request import Request
 from healfs.core.ring import PAGE
 from healfs.core.states import State
 from healfs.core.writelog import WriteLog, memory_size
 from healfs.daemon import commands, fencing, sources
-from healfs.daemon.parent import Parent, ParentError, UnmountError
+from healfs.daemon.parent import Parent, ParentError
+from healfs.daemon.unmounting import UNMOUNT_SECONDS, Unmounting
 from healfs.fuse import wire
 from healfs.fuse.callers import Callers
 from healfs.fuse.channel import Channel
@@ -44,8 +45,6 @@ from healfs.fuse.namespace import Namespace
 log = logging.getLogger("healfs.worker")
 
 LOG_BYTES = 1 << 20  # then the log file is rotated; one old one is kept
-UNMOUNT_SECONDS = 5.0
-FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
 SEEK_SECONDS = 1.0  # an answer to SEEK_DATA is not worth waiting for: "all is data" is legal
 LOOK_SECONDS = 1.0  # between two looks at who waits
 
@@ -82,10 +81,8 @@ class Worker:
         self._alarm: trio.CancelScope | None = None
         self._alarm_at = math.inf
         self._somebody_waits = trio.Event()
-        self._ending = trio.Lock()
         self._alive = False  # something was answered, and the keeper told
-        self._patience = trio.CancelScope()  # of the flush before an unmount
-        self.ended = trio.Event()
+        self.unmounting = Unmounting(self)
 
     # --- Effects ----------------------------------------------------------------------------
 
@@ -140,7 +137,7 @@ class Worker:
             nursery.start_soon(self._terminate_early, nursery.cancel_scope)
             status = await self._mount()
             if status is None:
-                nursery.start_soon(self._terminate_on_request)
+                nursery.start_soon(self.unmounting.on_request_of_the_keeper)
                 await self._serve()
                 status = 0
             nursery.cancel_scope.cancel()
@@ -244,7 +241,7 @@ class Worker:
             nursery.start_soon(self.control.serve, self.listener)
             nursery.start_soon(self._until_unmounted)
             self._report_ready()
-            await self.ended.wait()
+            await self.unmounting.ended.wait()
             nursery.cancel_scope.cancel()
         self.channel.close()
 
@@ -281,11 +278,7 @@ class Worker:
                 log.exception("internal error in the channel")
                 self.engine.fault("the channel")
         log.info("unmounted")
-        async with self._ending:
-            if not self.ended.is_set():  # by umount(8), from outside
-                if not await self._flush(UNMOUNT_SECONDS):
-                    log.error("unmounted from outside; lost: %s", json.dumps(self._unflushed()))
-                self.ended.set()
+        await self.unmounting.from_outside()
 
     async def _wake(self) -> None:
         while True:
@@ -439,104 +432,6 @@ class Worker:
         requests = engine.status()["requests"]
         assert isinstance(requests, dict)
         return bool(requests["parked"] > 0)
-
-    # --- the end ----------------------------------------------------------------------------
-
-    async def _terminate_on_request(self) -> None:
-        await self.parent.terminate.wait()
-        log.info("asked to end")
-        try:
-            await self.umount(force=True)
-        except (UnmountError, OSError) as exc:
-            log.error("%s", exc)
-        self.ended.set()
-
-    def end_soon(self) -> None:
-        """End after the answer to the command that asks for it."""
-        trio.lowlevel.spawn_system_task(self._end_after_answer)
-
-    async def _end_after_answer(self) -> None:
-        await trio.sleep(0.05)  # the reply is queued by then; the client waits for the keeper's end
-        self.ended.set()
-
-    async def umount(self, *, force: bool) -> dict[str, Any]:
-        """Flush and unmount; returns what was given up. Raises UnmountError.
-
-        The caller sets `ended`, with end_soon, once the answer is on its way.
-        """
-        if force:
-            self._patience.cancel()  # of a plain one that waits for the backend
-        async with self._ending:
-            flushed = await self._flush(FORCED_FLUSH_SECONDS if force else UNMOUNT_SECONDS)
-            if not flushed and not force:
-                raise UnmountError(self._what_waits())
-            given_up: dict[str, Any] = {}
-            if force:
-                given_up = self._unflushed() if not flushed else {}
-                given_up |= self.engine.fail_all()
-                if given_up:
-                    log.error("given up: %s", json.dumps(given_up))
-            self.commit()
-            try:
-                await self._unmount(lazy=False)
-            except ParentError as exc:
-                if not force:
-                    raise UnmountError(commands.busy_text(self.config.mountpoint, exc)) from None
-                await self._unmount(lazy=True)
-            return given_up
-
-    async def _unmount(self, *, lazy: bool) -> None:
-        if self.parent.gone.is_set():
-            from healfs.fuse import mount
-
-            await trio.to_thread.run_sync(
-                lambda: mount.unmount(self.config.mountpoint, lazy=lazy), abandon_on_cancel=True
-            )
-        else:
-            await self.parent.ask({"do": "umount", "lazy": lazy})
-
-    def _what_waits(self) -> str:
-        status = self.engine.status()
-        requests = status["requests"]
-        assert isinstance(requests, dict)
-        waiting = [f"{requests['parked'] + requests['in_flight']} requests wait"]
-        for unflushed in self._unflushed().values():
-            waiting.append(f"{unflushed['requests']} answered writes are not flushed")
-        why = f" ({status['reason']})" if status["reason"] else ""
-        what = f"the disk is {status['state']}" if self.engine.link_up else "the backend is away"
-        return (
-            f"{self.config.mountpoint}: {what}{why}, {', '.join(waiting)};"
-            " try again when that is over, or give them up with --force"
-        )
-
-    def _unflushed(self) -> dict[str, dict[str, int]]:
-        """Answered writes that may be on no stable storage."""
-        entries = self.engine.log.unflushed()
-        if not entries:
-            return {}
-        length = sum(entry.length for entry in entries)
-        return {"unflushed": {"requests": len(entries), "bytes": length}}
-
-    async def _flush(self, seconds: float) -> bool:
-        """Everything answered is on stable storage; False when that took too long."""
-        if self.config.read_only or self.engine.state is State.CONNECTING:
-            return True
-        if not self.engine.log.has_unflushed() and not self.engine.writes_outstanding:
-            return True  # all that was answered is stable
-        answered = trio.Event()
-        errors: list[int] = []
-
-        def on_answer(request: Request, errno: int, data: object) -> None:
-            errors.append(errno)
-            answered.set()
-
-        request = Request(Kind.FLUSH, 0, 0, on_answer)
-        self.engine.submit(request)
-        self.commit()
-        with trio.move_on_after(seconds) as self._patience:
-            await answered.wait()
-        self.engine.cancel(request)
-        return errors == [0]
 
 
 def _write_log(config: MountConfig, fd: int) -> WriteLog:

@@ -1,0 +1,146 @@
+"""The end of a mount: flush, unmount, and say what was given up."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from healfs.core.request import Kind, Request
+from healfs.core.states import State
+from healfs.daemon import commands
+from healfs.daemon.parent import ParentError, UnmountError
+from healfs.fuse import mount
+
+if TYPE_CHECKING:
+    from healfs.daemon.worker import Worker
+
+log = logging.getLogger("healfs.worker")
+
+UNMOUNT_SECONDS = 5.0
+FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
+
+
+class Unmounting:
+    """One unmount at a time; a forced one does not wait for a plain one's patience."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._lock = trio.Lock()
+        self._patience = trio.CancelScope()  # of the flush before an unmount
+        self.ended = trio.Event()
+
+    async def from_outside(self) -> None:
+        """The mount is gone: by us, or by umount(8), and then this is the last flush."""
+        async with self._lock:
+            if not self.ended.is_set():
+                if not await self.flush(UNMOUNT_SECONDS):
+                    log.error("unmounted from outside; lost: %s", json.dumps(self.unflushed()))
+                self.ended.set()
+
+    async def on_request_of_the_keeper(self) -> None:
+        """Wait for its SIGTERM; then end, within the limit."""
+        await self._worker.parent.terminate.wait()
+        log.info("asked to end")
+        try:
+            await self.umount(force=True)
+        except (UnmountError, OSError) as exc:
+            log.error("%s", exc)
+        self.ended.set()
+
+    def end_soon(self) -> None:
+        """End after the answer to the command that asks for it."""
+        trio.lowlevel.spawn_system_task(self._end_after_answer)
+
+    async def _end_after_answer(self) -> None:
+        await trio.sleep(0.05)  # the reply is queued by then; the client waits for the keeper's end
+        self.ended.set()
+
+    async def umount(self, *, force: bool) -> dict[str, Any]:
+        """Flush and unmount; returns what was given up. Raises UnmountError.
+
+        The caller sets `ended`, with end_soon, once the answer is on its way.
+        """
+        if force:
+            self._patience.cancel()  # of a plain one that waits for the backend
+        async with self._lock:
+            flushed = await self.flush(FORCED_FLUSH_SECONDS if force else UNMOUNT_SECONDS)
+            if not flushed and not force:
+                raise UnmountError(self._what_waits())
+            given_up: dict[str, Any] = {}
+            if force:
+                given_up = self.unflushed() if not flushed else {}
+                given_up |= self._worker.engine.fail_all()
+                if given_up:
+                    log.error("given up: %s", json.dumps(given_up))
+            self._worker.commit()
+            try:
+                await self._unmount(lazy=False)
+            except ParentError as exc:
+                if not force:
+                    raise UnmountError(
+                        commands.busy_text(self._worker.config.mountpoint, exc)
+                    ) from None
+                await self._unmount(lazy=True)
+            return given_up
+
+    async def _unmount(self, *, lazy: bool) -> None:
+        if self._worker.parent.gone.is_set():
+            await trio.to_thread.run_sync(
+                lambda: mount.unmount(self._worker.config.mountpoint, lazy=lazy),
+                abandon_on_cancel=True,
+            )
+        else:
+            await self._worker.parent.ask({"do": "umount", "lazy": lazy})
+
+    def _what_waits(self) -> str:
+        status = self._worker.engine.status()
+        requests = status["requests"]
+        assert isinstance(requests, dict)
+        waiting = [f"{requests['parked'] + requests['in_flight']} requests wait"]
+        for unflushed in self.unflushed().values():
+            waiting.append(f"{unflushed['requests']} answered writes are not flushed")
+        why = f" ({status['reason']})" if status["reason"] else ""
+        what = (
+            f"the disk is {status['state']}"
+            if self._worker.engine.link_up
+            else "the backend is away"
+        )
+        return (
+            f"{self._worker.config.mountpoint}: {what}{why}, {', '.join(waiting)};"
+            " try again when that is over, or give them up with --force"
+        )
+
+    def unflushed(self) -> dict[str, dict[str, int]]:
+        """Answered writes that may be on no stable storage."""
+        entries = self._worker.engine.log.unflushed()
+        if not entries:
+            return {}
+        length = sum(entry.length for entry in entries)
+        return {"unflushed": {"requests": len(entries), "bytes": length}}
+
+    async def flush(self, seconds: float) -> bool:
+        """Everything answered is on stable storage; False when that took too long."""
+        if self._worker.config.read_only or self._worker.engine.state is State.CONNECTING:
+            return True
+        if (
+            not self._worker.engine.log.has_unflushed()
+            and not self._worker.engine.writes_outstanding
+        ):
+            return True  # all that was answered is stable
+        answered = trio.Event()
+        errors: list[int] = []
+
+        def on_answer(request: Request, errno: int, data: object) -> None:
+            errors.append(errno)
+            answered.set()
+
+        request = Request(Kind.FLUSH, 0, 0, on_answer)
+        self._worker.engine.submit(request)
+        self._worker.commit()
+        with trio.move_on_after(seconds) as self._patience:
+            await answered.wait()
+        self._worker.engine.cancel(request)
+        return errors == [0]
