@@ -66,6 +66,10 @@ def list_(as_json: bool) -> None:
     _print_table(result)
 
 
+def _restarts(count: int) -> str:
+    return f" (started again {count} times)" if count > 1 else " (started again)" * count
+
+
 def _record(mount: Mount) -> Status:
     """What is known without asking the daemon; keys as in the status object."""
     return {
@@ -145,7 +149,7 @@ def _print_one(mount: Mount, one: Status) -> None:
         ("device", one.get("device", "?")),
         ("control", one.get("control", mount.control)),
         ("log", one.get("log", mount.log)),
-        ("pids", _counts(one.get("pids") or {})),
+        ("pids", _counts(one.get("pids") or {}) + _restarts(one.get("worker_restarts", 0))),
         ("version", one.get("version", "?")),
     ]
     rows += _group("limits", [_limit(*item) for item in (one.get("limits") or {}).items()])
