@@ -39,6 +39,7 @@ from healfs.core.writelog import Attempt, WriteLog, memory_size
 log = logging.getLogger("healfs.engine")
 
 TAG_MASK = (1 << 63) - 1  # FUSE sets bit 63 of the unique id of a request that comes again
+LOOK_EACH, LARGE = 32, 65536  # writes, bytes: how often it is seen whether the log is half full
 LARGEST_BLOCK = 65536  # bytes: the largest minimum block there is (NBD)
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
@@ -347,7 +348,7 @@ class Engine:
             self.log.complete(request)
             if self._replay.suspects.all and kind is not Kind.DISCARD:
                 self._cut_suspects(request)
-            if self.log.half_full:
+            if (not request.completed % LOOK_EACH or request.length > LARGE) and self.log.half_full:
                 self.log.move_up()
                 self._flush_log()
         if not request.answered:
@@ -375,6 +376,10 @@ class Engine:
         """Out of the backend's hands: whoever waited behind it may go."""
         if request.kind is READ:  # nobody waits for a read
             request.phase = DONE
+            return
+        if request.waiters is None and request.completed:  # nearly all writes
+            request.phase = DONE
+            self._writes.leave(request)
             return
         done = [request]
         while done:

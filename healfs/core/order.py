@@ -25,6 +25,9 @@ class Order:
     def enter(self, request: Request) -> None:
         """Sets request.blockers: how many older writes it has to wait for."""
         is_write = request.kind is not READ
+        if is_write and self._writes.add_alone(request):
+            request.indexed = True
+            return
         for older in self._writes.find(request.start, request.end):
             assert isinstance(older, Request)
             wait(request, older)

@@ -57,6 +57,22 @@ class Overlap:
                 items.append(item)
         self._count += 1
 
+    def add_alone(self, item: Range) -> bool:
+        """`add`, if it is seen at a glance that nothing overlaps: one cell, and that one empty.
+
+        Nearly every write is such a one; find and add together cost three times as much.
+        """
+        start, grids = item.start, self._grids
+        cell = start >> _FINEST
+        if item.end - 1 >> _FINEST != cell or start >= item.end or len(grids) != 1:
+            return False
+        grid = grids.get(_FINEST)
+        if grid is None or cell in grid:
+            return False
+        grid[cell] = [item]
+        self._count += 1
+        return True
+
     def remove(self, item: Range) -> None:
         """Raises KeyError or ValueError for what is not in it: a bug of the caller."""
         start, end = item.start, item.end
