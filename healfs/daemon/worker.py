@@ -60,7 +60,6 @@ class Worker:
         self.fuse = fds["fuse"]
         self.ready = fds["ready"]
         self.listener = socket.socket(fileno=fds["listener"])
-        self.started = time.time()
         self.backend: Backend = sources.backend_for(config)
         self.geometry: Geometry | None = None
         settle = self.backend.settle if config.settle is None else config.settle
