@@ -53,6 +53,9 @@ SEQUENTIAL_READ = Load("read", "1m", 8)
 SEQUENTIAL_WRITE = Load("write", "1m", 8)
 READ_DEPTH_1 = Load("randread", "4k", 1)
 WRITE_FSYNC = Load("randwrite", "4k", 1, ("--fsync=1",))
+# A flush each 31 MiB: a log of 64 MiB needs none of its own, which come at half of it.
+RANDOM_WRITE_FLUSHED = Load("randwrite", "4k", 32, ("--fdatasync=7936",))
+SEQUENTIAL_WRITE_FLUSHED = Load("write", "1m", 8, ("--fdatasync=31",))
 
 LOADS = {
     "4k-randread-qd32": RANDOM_READ,
@@ -61,4 +64,9 @@ LOADS = {
     "1m-write-qd8": SEQUENTIAL_WRITE,
     "4k-randread-qd1": READ_DEPTH_1,
     "4k-write-fsync-qd1": WRITE_FSYNC,
+}
+PLAIN = tuple(LOADS)
+LOADS |= {
+    "4k-randwrite-qd32-flushed": RANDOM_WRITE_FLUSHED,
+    "1m-write-qd8-flushed": SEQUENTIAL_WRITE_FLUSHED,
 }
