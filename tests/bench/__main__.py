@@ -20,7 +20,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import disks, memory
+from tests.bench import disks, memory, standstill
 from tests.bench.load import LOADS, PLAIN, Load
 
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -117,9 +117,37 @@ def print_memory() -> None:
     console.print(f"  a parked 4 KiB read      {found.parked_read:,.0f} bytes")
 
 
+def print_standstill(name: str, kills: int) -> None:
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="healfs-bench-")))
+        if name == "file":
+            source: str | Path = disks.backing_file(directory)
+        else:
+            source = stack.enter_context(disks.nbdkit_memory(directory))
+        mount = stack.enter_context(disks.healfs_mount(source, "", None))
+        with console.status(f"standstill of {name}, {kills} kills"):
+            found = standstill.measure(mount, kills)
+    title = f"{name}: I/O stands still for the worker's death, {kills} kills -9, seconds"
+    table = Table(title=title, title_justify="left")
+    table.add_column("callers, 4 KiB, queue depth 4")
+    for column in ("first answer, median", "worst", "longest wait of one, median", "worst"):
+        table.add_column(column, justify="right")
+    for group, label in standstill.GROUPS.items():
+        cells = []
+        for values in (found.first[group], found.longest[group]):
+            cells += [f"{statistics.median(values):.3f}", f"{max(values):.3f}"]
+        table.add_row(label, *cells)
+    console.print(table)
+
+
 @click.command()
-@click.option("--rows", default="", help="Only rows (GROUP/LOAD, or memory) that match this regex.")
+@click.option(
+    "--rows",
+    default="",
+    help="Only rows (GROUP/LOAD, standstill-file, standstill-nbd, memory) that match this regex.",
+)
 @click.option("--rounds", default=5, show_default=True)
+@click.option("--kills", default=10, show_default=True, help="Of the worker, for the standstill.")
 @click.option("--seconds", default=2.0, show_default=True, help="One run of fio.")
 @click.option(
     "--beside",
@@ -127,7 +155,9 @@ def print_memory() -> None:
     help="Another source tree of healfs: before and after.",
 )
 @click.option("--switch", default="", help="For healfs's worker: see switch/sitecustomize.py.")
-def main(rows: str, rounds: int, seconds: float, beside: Path | None, switch: str) -> None:
+def main(
+    rows: str, rounds: int, kills: int, seconds: float, beside: Path | None, switch: str
+) -> None:
     """Measure healfs beside qemu-storage-daemon's FUSE export and nbdfuse."""
     for group in groups(beside, switch):
         wanted = {
@@ -135,6 +165,9 @@ def main(rows: str, rounds: int, seconds: float, beside: Path | None, switch: st
         }
         if wanted:
             measure(group, wanted, rounds, seconds)
+    for name in ("file", "nbd"):
+        if re.search(rows, f"standstill-{name}"):
+            print_standstill(name, kills)
     if re.search(rows, "memory"):
         print_memory()
 

@@ -1,0 +1,162 @@
+"""How long I/O stands still when the worker dies: kill -9 of it, again and again, under load.
+
+`python -m tests.bench.standstill FILE` is the load, a process of its own. Threads of two groups
+call pwrite and pread, O_DIRECT, 4 KiB, one after the other:
+
+    elsewhere   at places that no write in flight has
+    same        a write to the block that this thread has just written
+
+A number on standard input (a time, time.monotonic) asks for the gaps since then, as a JSON
+object: [until the first answer to anybody, the longest of a single caller], for each group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from healfs.control.client import ControlError
+from tests.bench.load import DISK_BYTES
+from tests.mounts import ROOT, HealfsMount
+
+BLOCK = 4096
+THREADS = 4  # in each group
+BEFORE, AFTER = 0.5, 1.5  # seconds of load before a kill, and after it, besides the settle time
+DEADLINE = 60.0  # seconds
+GROUPS = {  # and what the table calls them
+    "elsewhere": "reads and writes elsewhere",
+    "same": "a newer write to what was in flight",
+}
+
+Gaps = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """Seconds, one figure a kill: first answer, and longest wait of a caller, by group."""
+
+    first: dict[str, list[float]]
+    longest: dict[str, list[float]]
+
+
+def measure(mount: HealfsMount, kills: int) -> Standstill:
+    found = Standstill({group: [] for group in GROUPS}, {group: [] for group in GROUPS})
+    settle = float(mount.status()["settle"])
+    with _load(mount.file) as gaps:
+        for _ in range(kills):
+            time.sleep(BEFORE)
+            worker = int(mount.status()["pids"]["worker"])
+            killed = time.monotonic()
+            os.kill(worker, signal.SIGKILL)
+            # Asked for when it is over: a status is a process of its own, and takes a core.
+            time.sleep(settle + AFTER)
+            _until_ready(mount)
+            for group, (first, longest) in gaps(killed).items():
+                found.first[group].append(first)
+                found.longest[group].append(longest)
+    return found
+
+
+def _until_ready(mount: HealfsMount) -> None:
+    until = time.monotonic() + DEADLINE
+    while True:
+        with contextlib.suppress(ControlError, subprocess.CalledProcessError):
+            if mount.status()["state"] == "ready":
+                return
+        if time.monotonic() > until:
+            raise TimeoutError(f"not ready {DEADLINE:g} s after the worker's death")
+
+
+@contextlib.contextmanager
+def _load(file: Path) -> Iterator[Callable[[float], Gaps]]:
+    process = subprocess.Popen(
+        (
+            *("setpriv", "--pdeathsig", "KILL"),
+            *(sys.executable, "-m", "tests.bench.standstill", file),
+        ),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def gaps(since: float) -> Gaps:
+        stdin.write(f"{since}\n")
+        stdin.flush()
+        answer: Gaps = json.loads(stdout.readline())
+        return answer
+
+    try:
+        yield gaps
+    finally:
+        process.kill()
+        process.wait(DEADLINE)
+
+
+# --- the load -----------------------------------------------------------------------------------
+
+
+class Caller(threading.Thread):
+    def __init__(self, file: str, number: int, *, same: bool) -> None:
+        super().__init__(daemon=True)
+        self.fd = os.open(file, os.O_RDWR | os.O_DIRECT)
+        self.same = same
+        self.number = number
+        self.answers: list[float] = []
+
+    def run(self) -> None:
+        buffer = mmap.mmap(-1, BLOCK)
+        part = DISK_BYTES // 2 // THREADS
+        first = self.number * part + (DISK_BYTES // 2 if self.same else 0)
+        at = 0
+        while True:
+            os.pwrite(self.fd, buffer, first + at)
+            self.answers.append(time.monotonic())
+            if not self.same:
+                at = (at + BLOCK) % part
+                os.preadv(self.fd, [buffer], first + at)
+                self.answers.append(time.monotonic())
+
+    def since(self, start: float) -> list[float]:
+        """The last answer before `start`, and all later ones."""
+        answers = self.answers[:]
+        later = next((i for i, at in enumerate(answers) if at > start), len(answers))
+        return answers[max(0, later - 1) :]
+
+
+def _longest_gap(times: list[float]) -> float:
+    return max((after - before for before, after in pairwise(times)), default=float("inf"))
+
+
+def main(file: str) -> None:
+    groups = {
+        group: [Caller(file, number, same=group == "same") for number in range(THREADS)]
+        for group in GROUPS
+    }
+    for caller in (caller for group in groups.values() for caller in group):
+        caller.start()
+    for line in sys.stdin:
+        gaps = {}
+        for name, group in groups.items():
+            each = [caller.since(float(line)) for caller in group]
+            together = sorted(at for times in each for at in times)
+            gaps[name] = (_longest_gap(together), max(_longest_gap(times) for times in each))
+        os.write(1, json.dumps(gaps).encode() + b"\n")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
