@@ -110,7 +110,7 @@ class Server:
         self.full_until = 0.0
         self.relapse_until = 0.0
         self.stubborn_until = 0.0
-        self.fail_next = self.hang_next = self.delay_next = 0
+        self.fail_next = self.hang_next = self.delay_next = self.short_next = 0
         self.fail_flushes = 0
         self.which_errno = 0
         self.bad_sectors: set[int] = set()
@@ -235,8 +235,30 @@ class Server:
         if self.world.now < self.frozen_until:
             self.world.later(self.frozen_until - self.world.now, self._apply_now, attempt)
             return
+        if self.short_next and not attempt.errno and attempt.request.length > SECTOR:
+            self.short_next -= 1
+            self._transfer_half(attempt)
+            return
         self._carry_out(attempt)
         self.world.later(0.0001 + attempt.luck * 7 % 1 * 0.001, self._reply, attempt)
+
+    def _transfer_half(self, attempt: Attempt) -> None:
+        """A short transfer: the rest follows later, unless the connection ends before."""
+        request = attempt.request
+        self.world.say(f"short: {request}")
+        half = request.length // SECTOR // 2
+        self._apply(attempt, torn=False, part=range(half))
+        attempt.applied = False
+        self.world.later(0.001 + attempt.luck * 3, self._transfer_rest, attempt, half)
+
+    def _transfer_rest(self, attempt: Attempt, half: int) -> None:
+        if attempt.session != self.session:
+            return
+        first = attempt.data if attempt.request.kind is Kind.READ else None
+        self._apply(attempt, torn=False, part=range(half, attempt.request.length // SECTOR))
+        if first is not None and attempt.data is not None:
+            attempt.data = first + attempt.data
+        self._reply(attempt)
 
     def _carry_out(self, attempt: Attempt) -> None:
         if not attempt.errno:
@@ -246,7 +268,8 @@ class Server:
         elif self.options.torn and attempt.errno not in REFUSED and attempt.luck < 0.5:
             self._apply(attempt, torn=True)
 
-    def _apply(self, attempt: Attempt, *, torn: bool) -> None:
+    def _apply(self, attempt: Attempt, *, torn: bool, part: range | None = None) -> None:
+        """`part`: of its sectors only these, counted from its first."""
         request = attempt.request
         attempt.applied = True
         if request.kind is Kind.FLUSH:
@@ -254,7 +277,8 @@ class Server:
                 self.disk.destage(sector, entry)
             return
         if request.kind is Kind.READ:
-            values = [self.disk.visible(sector) for sector in _sectors(request)]
+            sectors = _sectors(request)
+            values = [self.disk.visible(sectors[index]) for index in part or range(len(sectors))]
             attempt.data = encode(values)
             return
         if request.kind is Kind.WRITE:
@@ -266,6 +290,8 @@ class Server:
             values = [0] * (request.length // SECTOR)
         lazy = request.kind is Kind.DISCARD  # it may do nothing: TRIM promises no zeroes
         for index, sector in enumerate(_sectors(request)):
+            if part is not None and index not in part:
+                continue
             if (torn or lazy) and chance(int(attempt.luck * 1e9), index) < 0.5:
                 continue
             self.bad_sectors.discard(sector)
@@ -300,7 +326,7 @@ class Server:
         self._calm = True
         self.away_until = self.other_until = self.frozen_until = self.full_until = 0.0
         self.relapse_until = self.stubborn_until = 0.0
-        self.fail_next = self.fail_flushes = self.hang_next = self.delay_next = 0
+        self.fail_next = self.fail_flushes = self.hang_next = self.delay_next = self.short_next = 0
         self._dies_after = 0
         self.bad_sectors.clear()
 

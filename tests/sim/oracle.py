@@ -10,7 +10,7 @@ stable once a FLUSH sent after its completion completes; a FUA write is stable a
 from __future__ import annotations
 
 import struct
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 
 from healfs.core.request import Kind
@@ -104,6 +104,15 @@ class Oracle:
             if order > self._stable_floor[sector]:
                 self._stable_floor[sector] = order
                 self.stable_is(sector, self._stable(sector))
+
+    def dropped(self) -> None:
+        """The operator had the log thrown away: what was not flushed may be gone."""
+        for sector, floor in enumerate(self._stable_floor):
+            done = self._done[sector]
+            del done[bisect_right(done, floor) :]
+            self._floor[sector] = floor
+        for at_flush in self._at_flush.values():
+            at_flush[:] = map(min, at_flush, self._stable_floor)
 
     def stable_is(self, sector: int, value: int) -> None:
         """The stable store holds this value now."""

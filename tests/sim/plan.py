@@ -54,6 +54,8 @@ class Options:
     reconnect: bool = False  # the operator gives up a connection
     worker: bool = False  # the worker dies; its successor finds the memory
     refused_entry: bool = False  # a write is refused for a while after each connection
+    short: bool = False  # requests are carried out in two pieces, with time between
+    accept: bool = False  # the operator takes another disk for the right one, or drops the log
 
     def only(self, names: set[str]) -> Options:
         return replace(
@@ -72,6 +74,8 @@ WITH_LOG = replace(
     reconnect=True,
     refused_entry=True,
     worker=True,
+    short=True,
+    accept=True,
 )
 
 
@@ -129,6 +133,8 @@ _MANNERS = {
     "late",
     "fence",
 }
+# Chosen last and by a generator of their own, so that older seeds mean what they meant.
+_ADDED = {"short", "accept"}
 _KINDS = [Kind.WRITE] * 9 + [Kind.READ] * 7 + [Kind.FLUSH] * 4
 _KINDS += [Kind.WRITE_ZEROES, Kind.DISCARD]
 
@@ -137,6 +143,8 @@ def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
     """The plan of a seed. Each run has some of the faults only: all at once hide each other."""
     rng = random.Random(seed)
     allowed = [f.name for f in fields(options) if getattr(options, f.name)]
+    added = [name for name in allowed if name in _ADDED]
+    allowed = [name for name in allowed if name not in _ADDED]
     chosen = {name for name in allowed if name in _MANNERS and rng.random() < 0.8}
     faults = [name for name in allowed if name not in _MANNERS]
     chosen |= set(rng.sample(faults, min(len(faults), rng.randint(1, 6))))
@@ -159,6 +167,13 @@ def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
     for at in faults_at if names else ():
         seconds = rng.uniform(0, rng.choice((0.05, 0.5, 3.0, 10.0)))
         entries.append(Fault(at, rng.choice(names), seconds, rng.getrandbits(16)))
+    rng_added = random.Random(~seed)
+    for name in added:
+        if rng_added.random() < 0.4:
+            used = replace(used, **{name: True})
+            for _ in range(rng_added.randint(1, 3)):
+                at, seconds = rng_added.uniform(0, end), rng_added.uniform(0, 3.0)
+                entries.append(Fault(at, name, seconds, rng_added.getrandbits(16)))
     entries.sort(key=lambda entry: entry.at)
     return Plan(seed, used, sectors, rng.choice((1, 2, 4, 8, 16)), end, tuple(entries))
 

@@ -173,6 +173,11 @@ def newest_first(entries: Iterable[Request]) -> Iterator[tuple[Request, int, int
         yield entry, entry.offset, entry.offset + entry.length
 
 
+class AcceptDropsTheLog(Engine):
+    def accept(self, *, replay: bool) -> None:
+        super().accept(replay=False)
+
+
 _COMPLETE, _TRIM = WriteLog.complete, WriteLog.trim
 LOSSES = replace(TODAY, cache_loss=True)
 CRASHES = replace(TODAY, late=True, worker=True)
@@ -222,6 +227,7 @@ BUGS = (
         options=replace(TODAY, late=True),
         keywords={"settle": 0.0},
     ),
+    Bug("accept drops the log", LIES, AcceptDropsTheLog, replace(LOSSES, accept=True)),
     Bug("latch cleared after a failed flush", LIES, LatchCleared, replace(TODAY, flush_loses=True)),
     Bug("unsettled set lost with the worker", LIES, UnsettledLostWithTheWorker, CRASHES),
     Bug("resent bytes answered, not sent", LIES, ResentAnsweredUnsent, CRASHES),

@@ -74,6 +74,9 @@ class World:
         self._ops: dict[int, Op] = {}
         self._bugs = _Bugs(logging.ERROR)
         self._linked = False  # as the engine was told, and told us
+        self._trying = False  # a connect is on its way
+        self._wrong_disk = False  # what it is linked to, and nobody accepted that
+        self._accepted: str | None = None  # by the operator, for one try: replay, or drop
         self._completing: Request | None = None
         self._refused: set[int] = set()
         self._cancelled: set[int] = set()
@@ -219,7 +222,7 @@ class World:
     def send(self, request: Request) -> None:
         if self.trace is not None:
             self.say(f"  send {self._name(request)}")
-        if not self._linked:
+        if not self._linked or self._wrong_disk:
             raise Violation("sent nowhere", f"{request} was sent without a connection")
         self.server.receive(request)
 
@@ -243,7 +246,9 @@ class World:
         return id(request) not in self.server.untaken
 
     def connect(self) -> None:
-        self.later(0.002, self._try, self.engine)
+        if not self._trying:  # one at a time, as the worker's
+            self._trying = True
+            self.later(0.002, self._try, self.engine)
 
     def close(self) -> None:
         self.say("  close")
@@ -279,10 +284,20 @@ class World:
     def _try(self, who: Engine) -> None:
         if who is not self.engine:
             return  # its worker is dead
+        self._trying = False
+        accepted, self._accepted = self._accepted, None
+        self._wrong_disk = False
         if self.now < self.server.away_until:
             self.engine.connect_failed(e.ECONNREFUSED)
         elif self.now < self.server.other_until:
-            self.say("another disk answers")
+            self.say(f"another disk answers; accepted: {accepted}")
+            self._wrong_disk = accepted is None
+            if accepted:
+                self.server.other_until = 0.0  # from now on it is the right one
+            if accepted == "drop":
+                self.oracle.dropped()
+            self.server.accept()
+            self._linked = True
             self.engine.connected(
                 self.plan.sectors * SECTOR, mismatch="another disk", **self._geometry
             )
@@ -358,12 +373,24 @@ class World:
             case "pause":
                 self.engine.pause()
                 self.later(fault.seconds, lambda: self.engine.resume())
+            case "accept":
+                server.other_until = until + 30
+                self.disconnect(crash=True, notice=0.001)
+                self.later(fault.seconds, self._accept, "replay" if number % 2 else "drop")
+            case "short":
+                server.short_next = 1 + number % 8
             case "reconnect":
                 self.engine.reconnect()
             case "worker":
                 self._worker_dies()
             case other:
                 raise ValueError(other)
+
+    def _accept(self, how: str) -> None:
+        if self.engine.state is State.MISMATCH:
+            self.say(f"the operator accepts: {how}")
+            self._accepted = how
+            self.engine.accept(replay=how == "replay")
 
     def _set_policy(self, policy: Policy) -> None:
         for direction, given in (("read", policy.read), ("write", policy.write)):
@@ -376,7 +403,8 @@ class World:
         """kill -9: what the kernel has no answer for comes again, to a successor on the memory
         that was left. The callers' pages may have changed since."""
         self.server.break_off(crash=False)
-        self._linked = False
+        self._linked = self._trying = False
+        self._accepted = None
         self._keywords["log"] = WriteLog(self._memory, 1024, RING // 4)
         self.engine = self._new_engine()
         self.engine.take_over()
