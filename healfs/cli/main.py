@@ -26,6 +26,8 @@ VERBS = {
     "policy": "healfs.cli.policy:policy",
     "reconnect": "healfs.cli.recovery:reconnect",
     "accept": "healfs.cli.recovery:accept",
+    "pause": "healfs.cli.pause:pause",
+    "resume": "healfs.cli.pause:resume",
     "umount": "healfs.cli.umount:umount",
     "demo": "healfs.cli.demo:demo",
 }

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from healfs.cli.daemons import connected, find
 from healfs.cli.output import CliError, console, fields, print_json, state_text, table
+from healfs.cli.pause import pause_words
 from healfs.cli.policy import sentence
 from healfs.config import format_duration, format_size
 from healfs.control import mounts
@@ -134,6 +135,8 @@ def _print_one(mount: Mount, one: Status) -> None:
     rows: list[tuple[str, object]] = [("state", state)]
     if reason := one.get("reason"):
         rows.append(("reason", reason))
+    if paused := one.get("pause"):
+        rows.append(("pause", pause_words(paused)))
     if one.get("state") == "mismatch":
         advice = "the right disk is taken when it is back; healfs accept takes this one"
         rows.append(("", advice))

@@ -16,14 +16,14 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from healfs.core import errors
 from healfs.core.errors import ErrorClass
 from healfs.core.order import Order
-from healfs.core.outage import Outage
+from healfs.core.outage import AWAY, MISMATCH, SILENT, WORKER, Outage
 from healfs.core.policy import Action, Policy
 from healfs.core.prober import FIRST_PAUSE, Prober
 from healfs.core.queues import Queues
@@ -206,8 +206,9 @@ class Engine:
     def _park(self, request: Request) -> None:
         request.phase = PARKED
         self._queues.parked[request.order] = request
-        if self._outage.since is not None:
-            self._outage.waited += 1
+        if self._outage.since is not None and self._outage.oldest is None:
+            self._outage.oldest = request.arrived
+            self._save()
 
     def _send(self, request: Request, now: float) -> None:
         kind = request.kind
@@ -279,7 +280,9 @@ class Engine:
 
         One at a time: of two that run side by side, the kernel tells only one of an error.
         """
-        if self._flush is not None or self.state is not State.READY or self._replay.latched:
+        if self._flush is not None or self._replay.latched:
+            return
+        if self.state is not State.READY and not self._draining:
             return
         now = self.clock()
         self._queues.covered, self._queues.flushes = self._queues.flushes, {}
@@ -419,6 +422,8 @@ class Engine:
         parked = request.phase is PARKED
         if parked:
             self._queues.forget_parked(request)
+        if self._outage.since is not None:
+            self._outage.gave_up(self.clock() - request.arrived)
         self._answer(request, errno, data)
         if parked:
             self._retire(request)
@@ -577,42 +582,48 @@ class Engine:
 
     # --- pause ------------------------------------------------------------------------------
 
-    def pause(self) -> None:
-        """QMP stop: answers at once; HEALFS_DRAINED tells when nothing is in flight any more."""
+    def pause(self, who: Mapping[str, object] | None = None) -> None:
+        """QMP stop: answers at once; HEALFS_DRAINED tells when nothing is in flight any more and
+        what was answered is flushed, or cannot be. `who` asks for it, as the event STOP says it.
+        """
         try:
-            if self.state is State.PAUSED:
-                self.paused_by = "operator"
-            else:
-                self._pause_disk("operator", "stop")
+            if self.paused_by != "operator":
+                self._pause_disk("operator", "stop", who)
         except Exception:
             self._fault("pause")
 
-    def _pause_disk(self, by: str, reason: str) -> None:
+    def _pause_disk(self, by: str, reason: str, who: Mapping[str, object] | None = None) -> None:
         self._move(State.PAUSED, reason)
         self.paused_by = by
         self._stop_replay()
         self._save()
-        self.effects.event("STOP", {})
+        self.effects.event("STOP", {"by": by, "reason": reason, **(who or {})})
         self._draining = True
         if not self._queues.in_flight:
             self._drained()
 
     def _drained(self) -> None:
+        """Nothing is in flight any more; flush, where the operator wants to touch the backend."""
+        if self.paused_by == "operator" and self.link_up:
+            if self.log.has_unflushed() or self._queues.flushes:
+                self._flush_log()
+            if self._flush is not None:
+                return  # this is called again when it is answered
         self._draining = False
-        self.effects.event("HEALFS_DRAINED", {})
+        self.effects.event("HEALFS_DRAINED", {"unflushed": len(self.log.unflushed())})
 
-    def resume(self) -> None:
+    def resume(self, who: Mapping[str, object] | None = None) -> None:
         """QMP cont."""
         try:
             if self.state is State.PAUSED:
-                self._resume(self.clock())
+                self._resume(self.clock(), who)
         except Exception:
             self._fault("resume")
 
-    def _resume(self, now: float) -> None:
-        self.paused_by = ""
+    def _resume(self, now: float, who: Mapping[str, object] | None = None) -> None:
+        self.paused_by, self._paused_errno = "", 0
         self._draining = False
-        self.effects.event("RESUME", {})
+        self.effects.event("RESUME", dict(who or {}))
         self._wake_at(now)  # for what was not looked at while paused
         self._save()
         if self._mismatch:
@@ -715,6 +726,7 @@ class Engine:
     def _connected_to_another(self, mismatch: str) -> None:
         if mismatch != self._mismatch:
             self._mismatch = mismatch
+            self._outage_changed(MISMATCH, mismatch)
             self.effects.event("HEALFS_MISMATCH", {"reason": mismatch})
         self.effects.close()
         if self.state is not State.PAUSED:
@@ -733,6 +745,7 @@ class Engine:
             self._outage.errno = errno = errno or e.ETIMEDOUT
             self.reason = reason or os.strerror(errno)
             self._mismatch = ""
+            self._outage_changed(AWAY, self.reason)
             if self.state is State.MISMATCH:
                 first = not self._ever_connected
                 self._move(State.CONNECTING if first else State.STALLED, self.reason)
@@ -761,7 +774,7 @@ class Engine:
             len(self._queues.in_flight),
             len(self.log),
         )
-        self._begin_outage(now, errno, reason, now)
+        self._begin_outage(now, errno, AWAY, reason, now)
         self._stop_replay()
         self._flush = None
         self._overlays.clear()
@@ -788,7 +801,6 @@ class Engine:
         for request in again:
             request.phase = PARKED
         self._queues.park_again(again)
-        self._outage.waited += len(again)
         self.totals.retries += len(again)
         if self._draining:
             self._drained()
@@ -851,17 +863,29 @@ class Engine:
         else:
             self.try_now()
 
-    def _begin_outage(self, now: float, errno: int, reason: str, since: float) -> None:
-        if self._outage.begin(since, errno):
+    def _begin_outage(self, now: float, errno: int, kind: str, reason: str, since: float) -> None:
+        oldest = next(self._queues.unanswered(), None)
+        if self._outage.begin(since, errno, sum(self.totals.requests)):
+            arrivals = (request.arrived for request in self._queues.unanswered())
+            self._outage.oldest = min(arrivals, default=None)
+            self._outage.kind = kind
             self._save()
-            oldest = next(self._queues.unanswered(), None)
-            kind = oldest.kind if oldest else WRITE
-            action = self.policy.of(kind).decide(kind, errno, now - since)
+            failed = oldest.kind if oldest else WRITE
+            action = self.policy.of(failed).decide(failed, errno, now - since)
             self._told.clear()  # each outage is told, however soon after the last
-            self._io_error(kind, errno, action)
+            self.effects.event("HEALFS_OUTAGE", {"kind": kind, "reason": reason})
+            self._io_error(failed, errno, action)
+        elif kind != WORKER:  # else it is still what it was before the worker died
+            self._outage_changed(kind, reason)
         if self.state in (State.READY, State.REPLAYING):
             self._move(State.STALLED, reason)
         self.reason = reason
+
+    def _outage_changed(self, kind: str, reason: str) -> None:
+        if self._outage.change(kind):
+            self._save()
+            if kind != MISMATCH:  # which has an event of its own
+                self.effects.event("HEALFS_OUTAGE_CHANGED", {"kind": kind, "reason": reason})
 
     def _answered_again(self, request: Request) -> None:
         """An answer came: the end of a hang, and, to a guest, of an outage."""
@@ -870,16 +894,22 @@ class Engine:
         if self.state is State.STALLED:
             self._move(State.REPLAYING if self._replaying else State.READY, "")
         if self.state is State.READY and (not request.internal or request.kind is FLUSH):
-            self._end_outage(self.clock())
+            self._end_outage(self.clock(), request)
 
-    def _end_outage(self, now: float) -> None:
-        seconds = self._outage.end(now)
+    def _end_outage(self, now: float, last: Request | None = None) -> None:
+        """`last` is the request whose answer ends it."""
+        if self._outage.since is None:
+            return
+        answered = sum(self.totals.requests)
+        for request in self._queues.unanswered():
+            answered += 1
+            self._outage.waited(now - request.arrived)
+        if last is not None and not last.internal:
+            self._outage.waited(now - last.arrived)
+        told = self._outage.end(now, answered)
         self._save()
-        if seconds is not None:
-            self.effects.event(
-                "HEALFS_RECOVERED",
-                {"seconds": round(seconds, 3), "requests_waited": self._outage.waited},
-            )
+        if told is not None:
+            self.effects.event("HEALFS_RECOVERED", told)
 
     # --- the replay -------------------------------------------------------------------------
 
@@ -944,6 +974,8 @@ class Engine:
             self.log.trim(flush.completed, self._hold())
             for request in guests.values():
                 if not request.answered:
+                    if self._outage.since is not None:
+                        self._outage.waited(self.clock() - request.arrived)
                     self._answer(request, 0, None)
                 request.phase = DONE
             if self._queues.flushes:
@@ -999,9 +1031,10 @@ class Engine:
         replaying = saved.get("replaying", False)
         sent = [entry for entry in found if replaying or not entry.completed]
         self._remember_attempts(sent, now)
-        self._begin_outage(now, e.ESHUTDOWN, "the worker died", now)
+        self._begin_outage(now, e.ESHUTDOWN, WORKER, "the worker died", now)
         if self.paused_by:
             self.state = State.PAUSED
+            self.since = saved.get("paused_since", now)
 
     def _submit_again(self, request: Request) -> bool:
         """A request that the kernel sends again; True: it was done already.
@@ -1039,6 +1072,8 @@ class Engine:
             {
                 "policy": self.policy.as_dict(),
                 "paused_by": self.paused_by,
+                "paused_since": self.since,
+                "paused_errno": self._paused_errno,
                 "size": self.size,
                 "align": self.align,
                 "outage": self._outage.save(),
@@ -1053,6 +1088,7 @@ class Engine:
             return
         self.policy = Policy.from_dict(saved["policy"])
         self.paused_by = saved["paused_by"]
+        self._paused_errno = saved.get("paused_errno", 0)
         self.size, self.align = saved["size"], saved["align"]
         self._outage.load(saved["outage"])
         self._ever_connected = saved["ever_connected"]
@@ -1113,7 +1149,7 @@ class Engine:
         silent_since = max(self._last_answer, oldest.sent)
         if self.state in (State.READY, State.REPLAYING) and now >= silent_since + self._silence:
             reason = f"no answer for {self.slow_after:g} s"
-            self._begin_outage(now, e.ETIMEDOUT, reason, oldest.sent)
+            self._begin_outage(now, e.ETIMEDOUT, SILENT, reason, oldest.sent)
             self._probe_at = now + self._longest_pause()
         elif (
             self.state is State.STALLED
@@ -1228,12 +1264,23 @@ class Engine:
         """A bug of ours latches: requests stay parked, never a wrong answer."""
         log.exception("internal error in %s: the disk is faulted and answers nothing", where)
         if self.state not in (State.FAULTED, State.CLOSED):
-            self._move(State.FAULTED, f"internal error in {where}; see the log")
+            reason = f"internal error in {where}; see the log"
+            self._move(State.FAULTED, reason)
+            self.effects.event("HEALFS_FAULTED", {"reason": reason})
 
     def finish(self) -> None:
         """The end: nothing is sent any more."""
         self._move(State.CLOSED, "umount")
         self.effects.close()
+
+    def _pause_status(self) -> dict[str, object] | None:
+        if self.state is not State.PAUSED:
+            return None
+        stage = "held" if not self._draining else "flushing" if self._flush else "draining"
+        unflushed = len(self.log.unflushed())
+        silent = self._outage.since is not None and self._outage.kind == SILENT
+        away = not self.link_up or silent
+        return {"by": self.paused_by, "stage": stage, "unflushed": unflushed, "away": away}
 
     def status(self) -> dict[str, object]:
         """For `healfs status`: times in seconds."""
@@ -1244,6 +1291,7 @@ class Engine:
             "state": str(self.state),
             "state_seconds": round(now - self.since, 3),
             "reason": self.reason or None,
+            "pause": self._pause_status(),
             "size": self.size,
             "requests": {
                 "in_flight": in_flight,

@@ -26,8 +26,8 @@ def verbs(worker: Worker) -> dict[str, Verb]:
         "query-status": Verb(lambda arguments, peer: query_status(worker)),
         "query-block": Verb(lambda arguments, peer: query_block(worker)),
         "query-blockstats": Verb(lambda arguments, peer: query_blockstats(worker)),
-        "stop": Verb(lambda arguments, peer: stop(worker)),
-        "cont": Verb(lambda arguments, peer: cont(worker)),
+        "stop": Verb(lambda arguments, peer: stop(worker, peer)),
+        "cont": Verb(lambda arguments, peer: cont(worker, peer)),
         "healfs-query-status": Verb(lambda arguments, peer: status(worker)),
         "healfs-set-policy": Verb(
             lambda arguments, peer: set_policy(worker, arguments, peer),
@@ -157,16 +157,17 @@ def query_blockstats(worker: Worker) -> list[dict[str, Any]]:
     return [{"device": worker.config.name, "node-name": worker.config.name, "stats": stats}]
 
 
-def stop(worker: Worker) -> dict[str, Any]:
-    """Answers at once, in an outage too; the event HEALFS_DRAINED tells of the drain."""
+def stop(worker: Worker, peer: Peer) -> dict[str, Any]:
+    """Answers at once, in an outage too; the event HEALFS_DRAINED tells of drain and flush."""
     if worker.engine.state is State.FAULTED:
         raise CommandError("the disk is faulted by an internal error; see the log")
-    worker.engine.pause()
+    worker.engine.pause({"uid": peer.uid, "pid": peer.pid})
+    worker.commit()
     return {}
 
 
-def cont(worker: Worker) -> dict[str, Any]:
-    worker.engine.resume()
+def cont(worker: Worker, peer: Peer) -> dict[str, Any]:
+    worker.engine.resume({"uid": peer.uid, "pid": peer.pid})
     worker.commit()
     return {}
 
