@@ -1,10 +1,11 @@
-"""What an operator writes: durations, sizes, and the configuration of one mount."""
+"""What an operator writes and reads: durations, sizes, lines; the configuration of one mount."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,12 @@ def format_size(size: int) -> str:
             break
         value, unit = value / 1024, f"{letter}iB"
     return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def one_line(text: str) -> str:
+    """Without line breaks and without what could steer a terminal: names come from anywhere."""
+    spaced = " ".join(text.split())
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from healfs.cli.demo_load import BLOCK, Report
 from healfs.cli.demo_plot import Mark, plot
-from healfs.cli.output import console, one_line, state_text
+from healfs.cli.output import console, state_text
+from healfs.config import one_line
 
 _REFRESH_EVERY = 0.2  # seconds
 _LINE_EVERY = 1.0

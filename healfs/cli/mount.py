@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import click
@@ -22,9 +22,9 @@ from rich.console import Console
 from healfs.cli import exit_status
 from healfs.cli.daemons import detach, is_mounted
 from healfs.cli.log_options import checked, log_options
-from healfs.cli.output import CliError, bad_input, error_line, one_line
+from healfs.cli.output import CliError, bad_input, error_line
 from healfs.cli.policy_options import DURATION, SIZE, changes, policy_options
-from healfs.config import MountConfig
+from healfs.config import MountConfig, one_line
 from healfs.control import mounts
 from healfs.core.policy import Policy
 
@@ -73,6 +73,8 @@ def mount(source: str, mountpoint: str, **options: Any) -> None:
     config = _configure(source, mountpoint, options)
     _check_host(config)
     _check_mountpoint(config.mountpoint)
+    if config.foreground:
+        _become_keeper(config)
     _run(config)
 
 
@@ -200,13 +202,10 @@ def _run(config: MountConfig) -> None:
                     ready_write = -1
                     _hand_over(keeper, config)
                     _wait_ready(ready, config)
-                    # A background keeper is detached now: a signal that comes later is not its.
-                    if not config.foreground:
-                        return
+                    return  # it is detached: a signal that comes later is not its
                 except BaseException:
                     _end(keeper, config)
                     raise
-                _stay(keeper, config)
         except (KeyboardInterrupt, _Terminated):
             raise CliError("interrupted; nothing is mounted", exit_status.INTERRUPTED) from None
         finally:
@@ -214,23 +213,34 @@ def _run(config: MountConfig) -> None:
                 os.close(ready_write)
 
 
+def _become_keeper(config: MountConfig) -> NoReturn:
+    """In the foreground: whoever started this process ends it, and sees its end, as the mount's."""
+    given = os.memfd_create("healfs-config")
+    os.write(given, config.to_json().encode())
+    os.lseek(given, 0, os.SEEK_SET)
+    os.dup2(given, 0)
+    # Until it has handlers for them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    os.execv(sys.executable, _keeper(-1))
+
+
+def _keeper(ready: int) -> list[str]:
+    # -P: nothing is imported from the directory that the operator happens to be in.
+    return [sys.executable, "-P", "-m", "healfs.daemon.keeper", str(ready)]
+
+
 def _start(config: MountConfig, ready: int) -> subprocess.Popen[bytes]:
-    output: Any = None
-    with contextlib.ExitStack() as stack:
-        if not config.foreground:
-            # A traceback that no logger caught is for the log, not for the operator's terminal.
-            path = mounts.log_path(config.mountpoint)
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            output = stack.enter_context(open(path, "ab"))
+    # A traceback that no logger caught is for the log, not for the operator's terminal.
+    path = mounts.log_path(config.mountpoint)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with open(path, "ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "healfs.daemon.keeper", str(ready)],
+            _keeper(ready),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             pass_fds=(ready,),
-            start_new_session=not config.foreground,
-            # A group of its own: Ctrl-C reaches the keeper once, from here.
-            process_group=0 if config.foreground else None,
+            start_new_session=True,
         )
 
 
@@ -243,6 +253,8 @@ def _hand_over(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
 
 def _wait_ready(ready: IO[str], config: MountConfig) -> None:
     """Until the keeper says ready. Raises CliError."""
+    from healfs.daemon.report import lines
+
     terminal = Console(stderr=True, highlight=False)
     with contextlib.ExitStack() as stack:
         spinner = None
@@ -252,8 +264,9 @@ def _wait_ready(ready: IO[str], config: MountConfig) -> None:
                 event = message["event"]
             except (ValueError, KeyError, TypeError):
                 continue
+            said = lines(message)
             if event == "waiting":
-                text = one_line(f"{message.get('message', 'waiting')} (Ctrl-C ends it)")
+                text = one_line(said[0])
                 if not terminal.is_terminal:
                     error_line(text)
                 elif spinner is None:
@@ -263,17 +276,13 @@ def _wait_ready(ready: IO[str], config: MountConfig) -> None:
             elif event == "ready":
                 stack.close()
                 click.echo(message["file"])
-                for note in message.get("notes") or ():
-                    error_line(str(note))
-                if reason := message.get("write_log_off"):
-                    error_line(f"no write log: {reason}")
+                for line in said:
+                    error_line(line)
                 return
             elif event == "error":
                 stack.close()
-                status = message.get("status", exit_status.FAILURE)
-                raise CliError(str(message.get("message")), int(status))
-    log = "what it said" if config.foreground else mounts.log_path(config.mountpoint)
-    raise CliError(f"the daemon died; see {log}")
+                raise CliError(said[0], int(message.get("status", exit_status.FAILURE)))
+    raise CliError(f"the daemon died; see {mounts.log_path(config.mountpoint)}")
 
 
 def _end(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
@@ -300,20 +309,3 @@ def _end(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
                 mounts.clear_dead(left)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _stay(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
-    """In the foreground: pass on what ends it, and end as it ends."""
-    while True:
-        try:
-            status = keeper.wait()
-            break
-        except KeyboardInterrupt:
-            keeper.send_signal(signal.SIGINT)
-        except _Terminated:
-            keeper.send_signal(signal.SIGTERM)
-    if status < 0:
-        detach(config.mountpoint)
-        raise CliError(f"the daemon died of {signal.Signals(-status).name}")
-    if status:
-        raise CliError(f"the daemon ended with status {status}", status)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import unicodedata
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from healfs.cli import exit_status
+from healfs.config import one_line
 
 
 class CliError(Exception):
@@ -25,12 +25,6 @@ class CliError(Exception):
 
 def bad_input(message: str) -> NoReturn:
     raise CliError(message, exit_status.BAD_INPUT)
-
-
-def one_line(text: str) -> str:
-    """Without line breaks and without what could steer a terminal: names come from anywhere."""
-    spaced = " ".join(text.split())
-    return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
 
 
 def error_line(message: str) -> None:

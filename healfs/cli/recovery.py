@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from healfs.cli.daemons import connected, find
-from healfs.cli.output import CliError, bad_input, one_line
+from healfs.cli.output import CliError, bad_input
+from healfs.config import one_line
 from healfs.control.client import Client
 from healfs.control.mounts import Mount
 

@@ -91,6 +91,21 @@ def status(worker: Worker) -> dict[str, Any]:
     }
 
 
+def summary(worker: Worker) -> str:
+    """One line for the service manager, which shows it in its own status."""
+    if not hasattr(worker, "channel"):
+        return worker.report.waits or "connecting"
+    engine = worker.engine.status()
+    state, seconds, requests = engine["state"], engine["state_seconds"], engine["requests"]
+    assert isinstance(seconds, float) and isinstance(requests, dict)
+    if state == State.READY:
+        return str(state)
+    since = datetime.fromtimestamp(time.time() - seconds).isoformat(" ", "seconds")
+    why = f" ({engine['reason']})" if engine["reason"] else ""
+    waiting = requests["parked"] + requests["in_flight"]
+    return f"{state} since {since}: {waiting} requests wait{why}"
+
+
 def why_no_log(geometry: Geometry | None) -> str:
     """For status and for `healfs mount`, of a backend whose writes are not kept."""
     if geometry is None:

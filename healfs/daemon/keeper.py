@@ -4,12 +4,13 @@ cleans up behind it.
 
 Standard library only, one blocking loop, and it never touches the backend or the mounted files.
 Started by `healfs mount` as `python -m healfs.daemon.keeper READY_FD` with the mount's
-configuration on standard input.
+configuration on standard input; READY_FD is -1 where `healfs mount` itself became the keeper.
 
 Messages on the socket to the worker are JSON objects, one a packet. From the worker:
 {"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "init", "request": hex, "resend": bool},
-{"do": "alive"}; the first two get a reply, {"ok": true} (a mount's with the descriptor) or
-{"error": text, "errno": n}. To the worker: {"event": "terminate"}.
+{"do": "alive"}, {"do": "ready"}, {"do": "beat", "status": text}; the first two get a reply,
+{"ok": true} (a mount's with the descriptor) or {"error": text, "errno": n}. To the worker:
+{"event": "terminate"}.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import time
 from typing import Any
 
 from healfs.control import mounts
+from healfs.daemon.heartbeat import Heartbeat
+from healfs.daemon.sd_notify import SdNotify
 from healfs.fuse import mount
 
 STOP_SECONDS = 5.0  # an orderly end takes at most this long
@@ -34,6 +37,8 @@ PR_SET_IO_FLUSHER = 57
 OOM_SCORE = -900
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # before a worker that died at once is started again
 PACKET = 1 << 16
+INTERRUPTED = 130  # exit status: ended before there was a mount
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Keeper:
@@ -51,9 +56,12 @@ class Keeper:
         self.alive = False  # the worker has answered something since its start
         self.log = "stderr"
         self.kill_at: float | None = None
+        self.systemd = SdNotify()
+        self.heartbeat = Heartbeat(self.systemd)
 
     def run(self) -> int:
         """The exit status: 0 after an orderly unmount, 2 for bad input, else 1."""
+        self._catch_signals()
         try:
             self.claim = mounts.claim(self.mountpoint)
         except mounts.MountsError as exc:
@@ -71,13 +79,26 @@ class Keeper:
 
     def _refuse(self, message: str, status: int) -> int:
         report = {"event": "error", "message": message, "status": status}
-        os.write(self.ready, json.dumps(report).encode() + b"\n")
+        if self.ready < 0:
+            os.write(2, f"healfs: {message}\n".encode(errors="replace"))
+        else:
+            os.write(self.ready, json.dumps(report).encode() + b"\n")
         return status
+
+    def _catch_signals(self) -> None:
+        self.wake, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_write)
+        for number in ENDING:
+            signal.signal(number, lambda *_: None)
+        if not self.config.get("foreground"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal ends, the mount does not
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # `healfs mount` has blocked them
 
     def _open_log(self) -> None:
         """Gone to the background, the log is all that is left of the standard streams."""
         if self.config.get("foreground"):
-            if os.environ.get("JOURNAL_STREAM"):
+            stderr = os.fstat(2)
+            if os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}":
                 self.log = "journal"
             return
         path = mounts.log_path(self.mountpoint)
@@ -98,15 +119,8 @@ class Keeper:
             os.write(2, f"{stamp} keeper: {text}\n".encode())
 
     def _serve(self, listener: socket.socket) -> int:
-        wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(wake_write)
-        for number in signal.SIGTERM, signal.SIGINT:
-            signal.signal(number, lambda *_: None)
-        if not self.config.get("foreground"):
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self.listener = listener
         self.memory = os.memfd_create("healfs-log", os.MFD_CLOEXEC)
-        self.wake = wake_read
         self._start_worker()
         while True:
             status = self._watch_worker()
@@ -125,11 +139,14 @@ class Keeper:
             "memory": self.memory,
             "fuse": self.fuse,
         }
+        # Ctrl-C goes to the worker, too, and must not find it before it ignores that.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         self.worker = subprocess.Popen(
-            [sys.executable, "-m", "healfs.daemon.worker", json.dumps(fds)],
+            [sys.executable, "-P", "-m", "healfs.daemon.worker", json.dumps(fds)],
             pass_fds=tuple(fd for fd in fds.values() if fd >= 0),
             stdin=subprocess.DEVNULL,
         )
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         if self.ready >= 0:
             os.close(self.ready)  # the worker's now: its death is seen as the end of the pipe
@@ -141,8 +158,10 @@ class Keeper:
                 "directory": str(self.claim.directory),
                 "init": self.init,
                 "restarts": self.restarts,
+                "beat": self.heartbeat.period,
             }
         )
+        self.heartbeat.started(time.monotonic())
         self.alive = False
         if self.fuse >= 0:
             self._record()
@@ -154,8 +173,10 @@ class Keeper:
         for fd in self.wake, pidfd, self.socket.fileno():
             poll.register(fd, select.POLLIN)
         while True:
-            wait = None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic())
-            events = dict(poll.poll(None if wait is None else wait * 1000))
+            wait = self.heartbeat.period
+            if self.kill_at is not None:
+                wait = min(wait, max(0.0, self.kill_at - time.monotonic()))
+            events = dict(poll.poll(wait * 1000))
             if self.wake in events:
                 os.read(self.wake, 64)
                 self._terminate()
@@ -167,14 +188,23 @@ class Keeper:
                     pass  # what it said last
                 self.socket.close()
                 return self._worker_ended(self.worker.wait())
-            if self.kill_at is not None and time.monotonic() >= self.kill_at:
+            if self.kill_at is None and self._is_replaceable():
+                if self.heartbeat.hangs(time.monotonic()):
+                    self.say("the worker hangs: killed")
+                    self.worker.kill()
+            elif self.kill_at is not None and time.monotonic() >= self.kill_at:
                 self.say("the worker did not end in time: killed")
                 self.kill_at = time.monotonic() + STOP_SECONDS
                 self._abort()
                 self.worker.kill()
 
+    def _is_replaceable(self) -> bool:
+        """It can be killed, and nobody notices but by the time that it takes."""
+        return self.fuse < 0 or bool(self.init and self.resend)
+
     def _terminate(self) -> None:
         if self.kill_at is None:
+            self.systemd.tell(STOPPING="1")
             self.kill_at = time.monotonic() + STOP_SECONDS
             self._tell({"event": "terminate"})
 
@@ -199,6 +229,11 @@ class Keeper:
                 self.init, self.resend = message["request"], message["resend"]
             case "alive":
                 self.alive = True
+            case "ready":
+                self.systemd.tell(READY="1")
+            case "beat":
+                self.systemd.status(message["status"])
+                self.heartbeat.beat(time.monotonic())
         return True
 
     def _mount(self) -> None:
@@ -233,6 +268,7 @@ class Keeper:
         except (OSError, subprocess.TimeoutExpired) as exc:
             self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
         else:
+            self.systemd.tell(STOPPING="1")
             self._tell({"ok": True})
 
     def _abort(self) -> None:
@@ -258,9 +294,9 @@ class Keeper:
                 self._abort()
             return 0
         if self.fuse < 0:
-            return status if status == 2 else 1  # it said why on the ready pipe
+            return status if status in (2, INTERRUPTED) else 1  # it has said why
         how = f"signal {-status}" if status < 0 else f"status {status}"
-        if not (self.init and self.resend) or self.kill_at is not None:
+        if not self._is_replaceable() or self.kill_at is not None:
             self.say(f"the worker ended with {how}: {self.mountpoint} is taken away")
             self._abort()
             return 1
@@ -268,8 +304,9 @@ class Keeper:
         self.pause = 0.0 if self.alive else min(LONGEST_PAUSE, self.pause * 2 or FIRST_PAUSE)
         self.restarts += 1
         self.say(f"the worker ended with {how}: another one is started in {self.pause:g} s")
+        self.systemd.status(f"the worker ended with {how}: another one is started")
         if self.pause:
-            select.select([self.wake], [], [], self.pause)
+            select.select([self.wake], [], [], min(self.pause, self.heartbeat.limit))
         return None
 
 
@@ -285,7 +322,8 @@ def _kernel_manners() -> None:
 
 def main() -> int:
     ready = int(sys.argv[1])
-    os.set_inheritable(ready, False)
+    if ready >= 0:
+        os.set_inheritable(ready, False)
     text = sys.stdin.read()
     return Keeper(json.loads(text), text, ready).run()
 

@@ -20,7 +20,6 @@ import socket
 import sys
 import time
 from logging.handlers import RotatingFileHandler
-from typing import Any
 
 import pyfuse3
 import trio
@@ -36,6 +35,7 @@ from healfs.core.states import State
 from healfs.core.writelog import WriteLog, memory_size
 from healfs.daemon import commands, fencing, sources
 from healfs.daemon.parent import Parent, ParentError
+from healfs.daemon.report import INTERRUPTED, Report
 from healfs.daemon.unmounting import UNMOUNT_SECONDS, Unmounting
 from healfs.fuse import wire
 from healfs.fuse.callers import Callers
@@ -58,7 +58,7 @@ class Worker:
         self._probe_wanted = trio.Event()
         self.parent = parent
         self.fuse = fds["fuse"]
-        self.ready = fds["ready"]
+        self.report = Report(fds["ready"])
         self.listener = socket.socket(fileno=fds["listener"])
         self.backend: Backend = sources.backend_for(config)
         self.geometry: Geometry | None = None
@@ -80,6 +80,7 @@ class Worker:
         self._alarm: trio.CancelScope | None = None
         self._alarm_at = math.inf
         self._somebody_waits = trio.Event()
+        self._early_end = 1  # the exit status when it did not come to a mount
         self._alive = False  # something was answered, and the keeper told
         self.unmounting = Unmounting(self)
 
@@ -120,19 +121,12 @@ class Worker:
 
     # --- life -------------------------------------------------------------------------------
 
-    def report(self, **message: Any) -> None:
-        """One line to `healfs mount`."""
-        if self.ready >= 0:
-            try:
-                os.write(self.ready, json.dumps(message).encode() + b"\n")
-            except OSError:
-                pass  # it went away; the daemon stays
-
     async def run(self) -> int:
         """The exit status."""
-        status: int | None = 1
+        status: int | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.parent.listen)
+            nursery.start_soon(self._beat)
             nursery.start_soon(self._terminate_early, nursery.cancel_scope)
             status = await self._mount()
             if status is None:
@@ -142,13 +136,25 @@ class Worker:
             nursery.cancel_scope.cancel()
         with trio.move_on_after(UNMOUNT_SECONDS):
             await self.backend.aclose()
-        return status or 0
+        return self._early_end if status is None else status
 
     async def _terminate_early(self, scope: trio.CancelScope) -> None:
         """Before the mount, SIGTERM just ends the process."""
         await self.parent.terminate.wait()
         if not hasattr(self, "channel"):
+            self.report.error("interrupted; nothing is mounted", INTERRUPTED)
+            self._early_end = INTERRUPTED
             scope.cancel()
+
+    async def _beat(self) -> None:
+        """Show the keeper that this loop, which drives the engine, goes round."""
+        while True:
+            try:
+                text = commands.summary(self)
+            except Exception as exc:
+                text = f"internal error: {exc!r}"
+            self.parent.tell({"do": "beat", "status": text})
+            await trio.sleep(self.parent.greeting["beat"])
 
     async def _mount(self) -> int | None:
         """None when mounted, else the exit status (the reason was reported)."""
@@ -162,9 +168,8 @@ class Worker:
                 size = self.geometry.size
             fuse = await self.parent.ask({"do": "mount"})
         except (SourceError, ParentError) as exc:
-            log.error("%s", exc)
             status = 2 if isinstance(exc, SourceError) else 1
-            self.report(event="error", message=str(exc), status=status)
+            self.report.error(str(exc), status)
             return status
         self.engine.size = size
         self._open_channel(fuse)
@@ -220,8 +225,7 @@ class Worker:
                 if str(exc) != told:
                     told = str(exc)
                     message = f"waiting for {self.backend.source}: {exc.strerror or exc}"
-                    self.report(event="waiting", message=message)
-                    log.warning("%s", message)
+                    self.report.waiting(message)
                 with trio.move_on_after(pause):
                     await self.backend.wait_changed()
                 pause = min(1.0, pause * 2)
@@ -245,18 +249,17 @@ class Worker:
         self.channel.close()
 
     def _report_ready(self) -> None:
+        if restarts := self.parent.greeting["restarts"]:
+            log.info("worker %d of this mount", restarts + 1)
+            return
         file = os.path.join(self.config.mountpoint, self.config.name)
         geometry = self.geometry
         notes = geometry.notes if geometry else ()
         off = ""
         if geometry and not (geometry.can_flush and geometry.volatile_cache):
             off = commands.why_no_log(geometry)
-        self.report(event="ready", file=file, notes=notes, write_log_off=off)
-        if self.ready < 0:
-            log.info("worker %d of this mount", self.parent.greeting["restarts"] + 1)
-            return
-        os.close(self.ready)
-        self.ready = -1
+        self.report.ready(file, notes, off)
+        self.parent.tell({"do": "ready"})
         log.info("mounted %s on %s, %d bytes", self.config.source, file, self.engine.size)
 
     def _save_init(self, request: bytes, reply: bytes) -> None:
@@ -461,6 +464,7 @@ def main() -> int:
     fds = json.loads(sys.argv[1])
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)  # the keeper gets them, and tells us
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for fd in fds.values():
         if fd >= 0:
             os.set_inheritable(fd, False)
@@ -480,9 +484,7 @@ async def _main(fds: dict[str, int]) -> int:
             held.enter_context(sources.exclusive(config))
             worker = Worker(config, parent, fds)
         except SourceError as exc:
-            report = {"event": "error", "message": str(exc), "status": 2}
-            if fds["ready"] >= 0:
-                os.write(fds["ready"], json.dumps(report).encode() + b"\n")
+            Report(fds["ready"]).error(str(exc), 2)
             return 2
         return await worker.run()
 

@@ -1,0 +1,59 @@
+"""The worker's heartbeat: how the keeper knows that a worker hangs. Standard library only.
+
+The worker's beats come from the loop that drives its engine; a loop that hangs sends none. The
+keeper kills a worker that is silent for long, and its successor takes over: one more outage. What
+systemd's watchdog would do instead is to kill the keeper, and the disk with it.
+
+So the watchdog is fed with each beat, and while the keeper does all that can be done about a
+worker: it was killed for its silence, or another one was started and has not beaten yet. Not fed,
+it ends a keeper that hangs itself.
+"""
+
+from __future__ import annotations
+
+from healfs.daemon.sd_notify import SdNotify
+
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 30.0  # a worker that has not beaten for so long hangs
+START_SECONDS = 60.0  # from its start to its first beat
+
+
+class Heartbeat:
+    def __init__(self, systemd: SdNotify) -> None:
+        self._systemd = systemd
+        watchdog = systemd.watchdog
+        self.period = min(BEAT_SECONDS, watchdog / 4) if watchdog else BEAT_SECONDS
+        self.limit = min(SILENT_SECONDS, watchdog / 2) if watchdog else SILENT_SECONDS
+        self.silent = 0.0
+        self._looked = self._fed = 0.0
+        self._has_beaten = False
+        self._was_killed = False
+
+    def started(self, now: float) -> None:
+        """Another worker."""
+        self._has_beaten = self._was_killed = False
+        self.silent = 0.0
+        self._looked = now
+        self._feed(now)
+
+    def beat(self, now: float) -> None:
+        self._has_beaten = True
+        self.silent = 0.0
+        self._feed(now)
+
+    def hangs(self, now: float) -> bool:
+        """To be asked once a period. True once a worker: it has been silent for too long."""
+        # At most two periods a look: while this process was frozen, so was the worker.
+        self.silent += min(now - self._looked, 2 * self.period)
+        self._looked = now
+        if (self._was_killed or not self._has_beaten) and now - self._fed >= self.period:
+            self._feed(now)
+        limit = self.limit if self._has_beaten else START_SECONDS
+        if self._was_killed or self.silent < limit:
+            return False
+        self._was_killed = True
+        return True
+
+    def _feed(self, now: float) -> None:
+        self._fed = now
+        self._systemd.feed()
