@@ -18,7 +18,7 @@ from tests.sim.reference import Reference
 from tests.sim.run import Sum, first_failure, run_seed, shrink
 from tests.sim.world import World
 
-SEEDS = 400
+SEEDS = 1600
 FOUND_WITHIN = 200
 
 # Seeds that failed once, with what was on then: they stay. (What a seed means changes with
