@@ -82,7 +82,8 @@ class MountConfig:
 
     `mountpoint`, a path as `source`, and `fault` are absolute: the daemon leaves the directory
     it was started in. `create` is the size of the file to create, `size` the disk's size as
-    the operator says it (with no_wait, where nobody can be asked).
+    the operator says it (with no_wait, where nobody can be asked). `configuration` is what
+    status says of all this: the file, and each value with where it came from.
     """
 
     source: str
@@ -102,6 +103,7 @@ class MountConfig:
     log_entries: int = 16384
     settle: float | None = None  # None: as the backend says
     fence: str | None = None
+    configuration: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

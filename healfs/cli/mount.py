@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from shutil import which
 from types import FrameType
@@ -19,7 +20,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 import click
 from rich.console import Console
 
-from healfs.cli import exit_status
+from healfs.cli import config_file, exit_status
 from healfs.cli.daemons import detach, is_mounted
 from healfs.cli.log_options import checked, log_options
 from healfs.cli.output import CliError, bad_input, error_line
@@ -37,9 +38,14 @@ _AS_GIVEN = (
 )
 
 
-@click.command()
-@click.argument("source")
-@click.argument("mountpoint")
+@click.command(cls=config_file.ConfiguredCommand)
+@click.argument("source", required=False)
+@click.argument("mountpoint", required=False)
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="Take what is not given here from FILE. [/etc/healfs/NAME.toml]",
+)
 @click.option("--name", default="disk.img", help="The disk's file name. [disk.img]")
 @click.option("--read-only", is_flag=True, help="A disk that cannot be written.")
 @click.option("--create", type=SIZE, metavar="SIZE", help="First create SOURCE, a sparse file.")
@@ -64,13 +70,17 @@ _AS_GIVEN = (
 @click.option(
     "--fault", type=click.Path(), metavar="FILE", help="Inject the faults that FILE says (drills)."
 )
-def mount(source: str, mountpoint: str, **options: Any) -> None:
+@click.pass_context
+def mount(ctx: click.Context, /, source: str, mountpoint: str, **options: Any) -> None:
     """Mount SOURCE (a file, a block device, or an NBD URI) as a disk's file in MOUNTPOINT.
+
+    A single argument is the NAME of a configuration file, /etc/healfs/NAME.toml.
 
     Prints the path of the disk's file and goes to the background. Durations: 500ms, 5s, 2m,
     1h, 0. Sizes: 512, 64M, 10G.
     """
     config = _configure(source, mountpoint, options)
+    config = replace(config, configuration=_configuration(ctx, config))
     _check_host(config)
     _check_mountpoint(config.mountpoint)
     if config.foreground:
@@ -106,6 +116,20 @@ def _configure(source: str, mountpoint: str, options: dict[str, Any]) -> MountCo
         **{key: options[key] for key in _AS_GIVEN},
         **checked(options),
     )
+
+
+def _configuration(ctx: click.Context, config: MountConfig) -> dict[str, Any]:
+    """For status: each value and where it came from (`option`, `file` or `default`)."""
+    values: dict[str, dict[str, object]] = {}
+    for name, parameter in ((p.name or "", p) for p in ctx.command.params):
+        if hasattr(config, name) and isinstance(parameter, click.Option):
+            values[name] = {"value": getattr(config, name), "from": config_file.origin(ctx, name)}
+    for name, value in config.policy.as_options().items():
+        both = name.partition("_")[2]
+        origins = [config_file.origin(ctx, key) for key in (name, both) if key in ctx.params]
+        came = next((found for found in origins if found != "default"), "default")
+        values[name] = {"value": value, "from": came}
+    return {"file": config_file.file_of(ctx), "values": values}
 
 
 def _absolute_source(source: str) -> tuple[bool, str]:

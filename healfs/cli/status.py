@@ -155,6 +155,7 @@ def _print_one(mount: Mount, one: Status) -> None:
         ("pids", _counts(one.get("pids") or {}) + _restarts(one.get("worker_restarts", 0))),
         ("version", one.get("version", "?")),
     ]
+    rows += _group("configuration", _configuration(one.get("configuration") or {}))
     rows += _group("limits", [_limit(*item) for item in (one.get("limits") or {}).items()])
     rows += _group("notes", one.get("notes") or [])
     console().print(fields(rows))
@@ -162,6 +163,20 @@ def _print_one(mount: Mount, one: Status) -> None:
 
 def _group(label: str, lines: list[str]) -> list[tuple[str, object]]:
     return [(label if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
+def _configuration(configuration: dict[str, Any]) -> list[str]:
+    """What is not the default, and where it came from."""
+    words = {"option": "command line", "file": configuration.get("file")}
+    return [
+        f"{name.replace('_', '-')} = {_value(value.get('value'))} ({words.get(origin, origin)})"
+        for name, value in (configuration.get("values") or {}).items()
+        if (origin := value.get("from")) != "default"
+    ]
+
+
+def _value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _limit(name: str, value: Any) -> str:

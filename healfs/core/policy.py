@@ -101,6 +101,14 @@ class Policy:
     def as_dict(self) -> dict[str, dict[str, object]]:
         return {"read": self.read.as_dict("read"), "write": self.write.as_dict("write")}
 
+    def as_options(self) -> dict[str, object]:
+        """By the names of the options of `healfs mount`: rerror, read_then, write_then, ..."""
+        options: dict[str, object] = {}
+        for direction, keys in self.as_dict().items():
+            for key, value in keys.items():
+                options[key if key.endswith("error") else f"{direction}_{key}"] = value
+        return options
+
     @classmethod
     def from_dict(cls, data: dict[str, dict[str, object]]) -> Policy:
         """The inverse of as_dict. Raises PolicyError."""

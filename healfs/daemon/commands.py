@@ -81,6 +81,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "control": os.path.join(worker.parent.greeting["directory"], "control"),
         "log": worker.parent.greeting["log"],
         "device": worker.config.device,
+        "configuration": configuration(worker),
         "worker_restarts": worker.parent.greeting["restarts"],
         "pids": {"keeper": os.getppid(), "worker": os.getpid()},
         "since": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat("T", "seconds"),
@@ -104,6 +105,17 @@ def summary(worker: Worker) -> str:
     why = f" ({engine['reason']})" if engine["reason"] else ""
     waiting = requests["parked"] + requests["in_flight"]
     return f"{state} since {since}: {waiting} requests wait{why}"
+
+
+def configuration(worker: Worker) -> dict[str, Any]:
+    """As mounted; where the policy was changed since, with that origin."""
+    given = worker.config.configuration
+    values = dict(given.get("values", {}))
+    mounted = worker.config.policy.as_options()
+    for name, value in worker.engine.policy.as_options().items():
+        if value != mounted[name]:
+            values[name] = {"value": value, "from": "healfs policy"}
+    return {"file": given.get("file"), "values": values}
 
 
 def why_no_log(geometry: Geometry | None) -> str:
