@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 MAN := $(patsubst %.scd,build/%,$(wildcard man/*.scd))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak sim bench man clean
+.PHONY: help setup demo test soak sim bench man install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /    make \1\t/p' Makefile | expand -t 20
@@ -53,6 +53,36 @@ man: $(MAN) ## the manual pages, in build/man
 build/man/%: man/%.scd
 	@mkdir -p $(@D)
 	scdoc <$< >$@
+
+PREFIX ?= /usr/local
+LIB := $(DESTDIR)$(PREFIX)/lib/healfs
+UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
+MANUAL := $(DESTDIR)$(PREFIX)/share/man
+
+# A virtual environment that may be moved: nothing in it names the place it was made in.
+install: $(MAN) ## for the whole system: make install DESTDIR= PREFIX=/usr/local
+	tests/setup/packages run
+	rm -rf $(LIB) build/lib build/bdist.*
+	$(PYTHON) -m venv $(LIB)
+	$(LIB)/bin/python -m pip install --disable-pip-version-check -qq --no-compile .
+	$(LIB)/bin/python -m pip uninstall -qq -y pip setuptools
+	find $(LIB)/bin -mindepth 1 ! -name 'python*' -delete
+	find $(LIB) \( -name direct_url.json -o -name __pycache__ \) -prune -exec rm -r {} +
+	sed -i '/^command/d' $(LIB)/pyvenv.cfg
+	$(LIB)/bin/python -m compileall -qq -s $(DESTDIR)/ -p / $(LIB)/lib
+	chmod -R u=rwX,go=rX $(LIB)
+	install -d $(DESTDIR)/etc/healfs
+	install -D healfs/data/launcher $(DESTDIR)$(PREFIX)/bin/healfs
+	install -D -m 644 healfs/data/healfs@.service $(UNITS)/healfs@.service
+	sed -i 's|@PREFIX@|$(PREFIX)|' $(UNITS)/healfs@.service
+	for page in $(MAN); do \
+		install -D -m 644 $$page $(MANUAL)/man$${page##*.}/$${page##*/} || exit; done
+
+uninstall: ## remove what make install laid; /etc/healfs stays where it is not empty
+	rm -rf $(LIB)
+	rm -f $(DESTDIR)$(PREFIX)/bin/healfs $(UNITS)/healfs@.service
+	for page in $(notdir $(MAN)); do rm -f $(MANUAL)/man$${page##*.}/$$page; done
+	rmdir $(DESTDIR)/etc/healfs 2>/dev/null || true
 
 clean: ## remove what make made
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache \

@@ -9,9 +9,9 @@ import click
 
 from healfs.cli import exit_status
 from healfs.cli.daemons import connected, find
-from healfs.cli.output import CliError, one_line
+from healfs.cli.output import CliError
 from healfs.cli.policy_options import DURATION
-from healfs.config import format_duration
+from healfs.config import format_duration, one_line
 from healfs.control.client import CommandFailed, ControlError, connect
 from healfs.control.mounts import Mount
 

@@ -54,6 +54,7 @@ def status(worker: Worker) -> dict[str, Any]:
     ring = worker.channel.ring
     limits = dict(engine.pop("limits"))  # type: ignore[call-overload]
     limits |= {
+        "worker_silence_seconds": {"limit": worker.parent.greeting["silence"]},
         "payload_bytes": {"used": ring.used, "limit": ring.size},
         "payload_overflow_bytes": {"used": ring.overflow, "limit": worker.channel.overflow_limit},
         "background_requests": {
@@ -69,7 +70,7 @@ def status(worker: Worker) -> dict[str, Any]:
     notes = list(geometry.notes) if geometry else []
     if unknown := worker.callers.unknown(worker.channel.held):
         notes.append(f"{unknown} waiting requests are of processes that cannot be named")
-    if worker.parent.gone.is_set():
+    if gone := worker.parent.gone.is_set():
         notes.append("the keeper is gone: the worker's death is not survived")
     write_log: Any = engine["write_log"]
     if not write_log["enabled"]:
@@ -83,7 +84,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "device": worker.config.device,
         "configuration": configuration(worker),
         "worker_restarts": worker.parent.greeting["restarts"],
-        "pids": {"keeper": os.getppid(), "worker": os.getpid()},
+        "pids": {"keeper": 0 if gone else os.getppid(), "worker": os.getpid()},
         "since": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat("T", "seconds"),
         **engine,
         "limits": limits,

@@ -159,6 +159,7 @@ class Keeper:
                 "init": self.init,
                 "restarts": self.restarts,
                 "beat": self.heartbeat.period,
+                "silence": self.heartbeat.limit,
             }
         )
         self.heartbeat.started(time.monotonic())
@@ -204,7 +205,7 @@ class Keeper:
 
     def _terminate(self) -> None:
         if self.kill_at is None:
-            self.systemd.tell(STOPPING="1")
+            self.systemd.stopping()
             self.kill_at = time.monotonic() + STOP_SECONDS
             self._tell({"event": "terminate"})
 
@@ -230,7 +231,7 @@ class Keeper:
             case "alive":
                 self.alive = True
             case "ready":
-                self.systemd.tell(READY="1")
+                self.systemd.ready()
             case "beat":
                 self.systemd.status(message["status"])
                 self.heartbeat.beat(time.monotonic())
@@ -268,7 +269,7 @@ class Keeper:
         except (OSError, subprocess.TimeoutExpired) as exc:
             self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
         else:
-            self.systemd.tell(STOPPING="1")
+            self.systemd.stopping()
             self._tell({"ok": True})
 
     def _abort(self) -> None:
@@ -289,6 +290,7 @@ class Keeper:
     def _worker_ended(self, status: int) -> int | None:
         """None: another one is to be started."""
         if status == 0:
+            self.systemd.stopping()
             if self.connection and mount.connection_of(self.mountpoint) == self.connection:
                 self.say("the connection was aborted from outside: the mount is taken away")
                 self._abort()

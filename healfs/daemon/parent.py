@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from typing import Any
 
 import trio
 
 PACKET = 1 << 16
+SIGNAL_SECONDS = 5.0  # a signal that came to all is remembered for so long
 
 
 class ParentError(OSError):
@@ -35,6 +37,15 @@ class Parent:
         self._to_reply, self._replies = trio.open_memory_channel[tuple[dict[str, Any], int]](16)
         self.terminate = trio.Event()
         self.gone = trio.Event()
+
+    async def heed_signals(self) -> None:
+        """The keeper gets SIGTERM and SIGINT, and says so; only without one they are ours."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                # Killed a moment ago, it may not be known to be gone yet.
+                with trio.move_on_after(SIGNAL_SECONDS):
+                    await self.gone.wait()
+                    self.terminate.set()
 
     async def listen(self) -> None:
         """Take the keeper's messages until it is gone."""

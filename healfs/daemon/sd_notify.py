@@ -31,18 +31,17 @@ class SdNotify:
         self._address = "\0" + address[1:] if address[:1] == "@" else address
         self._unsent: dict[str, str] = {}
         self._status = ""
+        self._stops = False
 
-    def tell(self, **values: str) -> None:
-        """READY="1", STOPPING="1": at once."""
-        self._unsent |= values
-        if self._socket is None or not self._unsent:
-            return
-        message = "\n".join(f"{key}={value}" for key, value in self._unsent.items())
-        try:
-            self._socket.sendto(message.encode(errors="replace"), self._address)
-        except OSError:
-            return  # nobody reads now
-        self._unsent.clear()
+    def ready(self) -> None:
+        self._tell(READY="1")
+
+    def stopping(self) -> None:
+        """Told once, however often it is said."""
+        if not self._stops:
+            self._stops = True
+            self.status("unmounting")
+            self._tell(STOPPING="1")
 
     def status(self, text: str) -> None:
         """For `systemctl status`; goes with the next message."""
@@ -53,6 +52,17 @@ class SdNotify:
     def feed(self) -> None:
         """The watchdog, if there is one; and the status, if it is another one."""
         if self.watchdog:
-            self.tell(WATCHDOG="1")
+            self._tell(WATCHDOG="1")
         else:
-            self.tell()
+            self._tell()
+
+    def _tell(self, **values: str) -> None:
+        self._unsent |= values
+        if self._socket is None or not self._unsent:
+            return
+        message = "\n".join(f"{key}={value}" for key, value in self._unsent.items())
+        try:
+            self._socket.sendto(message.encode(errors="replace"), self._address)
+        except OSError:
+            return  # nobody reads now
+        self._unsent.clear()

@@ -126,6 +126,7 @@ class Worker:
         status: int | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.parent.listen)
+            nursery.start_soon(self.parent.heed_signals)
             nursery.start_soon(self._beat)
             nursery.start_soon(self._terminate_early, nursery.cancel_scope)
             status = await self._mount()
