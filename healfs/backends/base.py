@@ -39,6 +39,7 @@ class Geometry:
     multi_conn: bool = False
     identity: dict[str, str] = field(default_factory=dict)  # compared after each reconnect
     notes: tuple[str, ...] = ()  # for status: what this backend cannot promise
+    tls: dict[str, str] = field(default_factory=dict)  # for status: version, cipher, peer
 
 
 @dataclass(frozen=True, slots=True)

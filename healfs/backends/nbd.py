@@ -6,6 +6,7 @@ import errno as e
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from struct import iter_unpack
 from typing import Any
@@ -16,7 +17,8 @@ from healfs.backends import nbd_protocol as proto
 from healfs.backends import nbd_transmission as wire
 from healfs.backends import nbd_uri
 from healfs.backends.base import Backend, Extent, Geometry, SourceError
-from healfs.backends.nbd_connect import open_export
+from healfs.backends.nbd_connect import Socket, open_export
+from healfs.backends.nbd_tls import TlsSocket
 from healfs.backends.nbd_watch import path_changed
 from healfs.core.request import Done, Kind, Request
 
@@ -50,10 +52,17 @@ _COMMANDS = {
 class Link:
     """One connection in the transmission phase."""
 
-    __slots__ = ("blocked", "broken", "export", "protocol", "sock", "view", "writable_wanted")
+    __slots__ = (
+        *("blocked", "broken", "export", "protocol", "readable", "sock", "tls", "view"),
+        "writable_wanted",
+    )
 
-    def __init__(self, sock: socket.socket, export: proto.Export, view: memoryview) -> None:
+    def __init__(self, sock: Socket, export: proto.Export, view: memoryview) -> None:
         self.sock = sock
+        self.tls = sock if isinstance(sock, TlsSocket) else None
+        self.readable = (
+            partial(trio.lowlevel.wait_readable, sock) if self.tls is None else self.tls.readable
+        )
         self.export = export
         self.protocol = wire.Transmission(export.structured, export.context)
         self.view = view
@@ -84,6 +93,11 @@ class Link:
                     pass
                 return
             protocol.taken(count)
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the commands that the socket took, or may have taken."""
+        return self.protocol.sent + (self.tls.handed if self.tls is not None else 0)
 
     def close(self) -> None:
         protocol = self.protocol
@@ -209,6 +223,9 @@ class NbdBackend(Backend):
         sock, export = await open_export(self._uri)
         try:
             geometry = self._geometry(export)
+            if isinstance(sock, TlsSocket):
+                notes = geometry.notes + sock.notes
+                geometry = replace(geometry, notes=notes, tls=sock.description)
         except BaseException:
             sock.close()
             raise
@@ -361,7 +378,7 @@ class NbdBackend(Backend):
         view, sock, protocol = link.view, link.sock, link.protocol
         while not protocol.closed:
             try:
-                await trio.lowlevel.wait_readable(sock)
+                await link.readable()
             except trio.ClosedResourceError:
                 break
             for _ in range(RECEIVES_MAX):
@@ -394,7 +411,7 @@ class NbdBackend(Backend):
             return
         self._link = None
         self._answers.clear()
-        self._sent = link.protocol.sent
+        self._sent = link.sent
         pending = link.protocol.pending.values()
         self._taken = {c.context for c in pending if c.start < self._sent and c.context}
         link.close()

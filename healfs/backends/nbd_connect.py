@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno as e
 import os
 import socket
+import ssl
 import stat
 
 import trio
 
 from healfs.backends import nbd_protocol as proto
 from healfs.backends.base import SourceError
+from healfs.backends.nbd_tls import TlsSocket, credentials
 from healfs.backends.nbd_uri import NbdUri
 
 # A silent peer is noticed within about 10 s: idle by keepalive, with bytes on the way by the
@@ -18,16 +20,24 @@ from healfs.backends.nbd_uri import NbdUri
 KEEPALIVE = {socket.TCP_KEEPIDLE: 3, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
 USER_TIMEOUT_MS = 9000
 
+Socket = socket.socket | TlsSocket
 
-async def open_export(uri: NbdUri) -> tuple[socket.socket, proto.Export]:
+
+async def open_export(uri: NbdUri) -> tuple[Socket, proto.Export]:
     """A non-blocking socket in the transmission phase.
 
     Raises SourceError for what waiting does not mend, else OSError. The deadline is the caller's.
     """
+    context = None
+    if uri.tls is not None:
+        # First: a file that is missing is told also while the server is away. They are read for
+        # each connection, since certificates are renewed, and in a thread, since a home
+        # directory may be on NFS.
+        context = await trio.to_thread.run_sync(credentials, uri, abandon_on_cancel=True)
     sock = await (_open_tcp(uri) if uri.socket is None else _open_unix(uri.socket))
     try:
         sock.setblocking(False)
-        return sock, await _negotiate(uri, sock)
+        return await _negotiate(uri, sock, context)
     except BaseException:
         sock.close()
         raise
@@ -67,12 +77,21 @@ async def _open_tcp(uri: NbdUri) -> socket.socket:
     return sock
 
 
-async def _negotiate(uri: NbdUri, sock: socket.socket) -> proto.Export:
-    handshake = proto.Handshake(uri.export)
+async def _negotiate(
+    uri: NbdUri, raw: socket.socket, context: ssl.SSLContext | None
+) -> tuple[Socket, proto.Export]:
+    handshake = proto.Handshake(uri.export, tls=context is not None)
+    sock: Socket = raw
+    accepted = context is None  # the server has answered over TLS
     try:
         while handshake.export is None:
+            if handshake.starts_tls and context is not None:
+                handshake.starts_tls = False
+                sock = TlsSocket(raw, context, uri)
+                await sock.handshake()
             await _send_all(sock, handshake.data_to_send())
             if data := await _receive_some(sock):
+                accepted = accepted or sock is not raw
                 handshake.receive(data)
             elif handshake.asked_by_export_name:
                 # An old server has no other way to say so.
@@ -83,7 +102,18 @@ async def _negotiate(uri: NbdUri, sock: socket.socket) -> proto.Export:
         raise SourceError(f"{uri}: {error.strerror}; is this an NBD server?") from error
     except proto.OptionError as error:
         raise _option_error(uri, error) from error
-    return handshake.export
+    except (ConnectionResetError, BrokenPipeError) as error:
+        if accepted or sock is raw:
+            raise
+        # GnuTLS's servers say no more to a client whose certificate they miss or do not like.
+        raise OSError(e.ECONNRESET, f"{uri}: {_CLOSED_IN_TLS}") from error
+    return sock, handshake.export
+
+
+_CLOSED_IN_TLS = (
+    "the server closed the connection as TLS began; if it wants a client certificate, "
+    "tls-certificates=DIR names a directory with client-cert.pem and client-key.pem"
+)
 
 
 def _refused(uri: NbdUri, why: str) -> SourceError:
@@ -96,8 +126,13 @@ def _refused(uri: NbdUri, why: str) -> SourceError:
 def _option_error(uri: NbdUri, error: proto.OptionError) -> OSError:
     if error.code == proto.REP_ERR_SHUTDOWN:
         return OSError(e.ESHUTDOWN, f"{uri}: the server is shutting down")
+    if error.option == proto.OPT_STARTTLS:
+        return SourceError(
+            f"{uri}: the server offers no TLS{error.message and f' ({error.message})'}; set it up "
+            "there, or write nbd in place of nbds: nothing is encrypted or checked then"
+        )
     if error.code == proto.REP_ERR_TLS_REQD:
-        return SourceError(f"{uri}: the server demands TLS, which healfs has not yet")
+        return SourceError(f"{uri}: the server demands TLS; write nbds in place of nbd")
     if error.code == proto.REP_ERR_UNKNOWN:
         return _refused(uri, error.message or "the server has none of this name")
     if error.code == proto.REP_ERR_POLICY:
@@ -119,7 +154,7 @@ def _first_with_errno(error: BaseException) -> OSError:
     return OSError(e.EHOSTUNREACH, str(error))
 
 
-async def _send_all(sock: socket.socket, data: bytes) -> None:
+async def _send_all(sock: Socket, data: bytes) -> None:
     while data:
         try:
             data = data[sock.send(data) :]
@@ -127,10 +162,9 @@ async def _send_all(sock: socket.socket, data: bytes) -> None:
             await trio.lowlevel.wait_writable(sock)
 
 
-async def _receive_some(sock: socket.socket) -> bytes:
+async def _receive_some(sock: Socket) -> bytes:
     while True:
-        await trio.lowlevel.wait_readable(sock)
         try:
             return sock.recv(1 << 16)
         except BlockingIOError:
-            pass
+            await trio.lowlevel.wait_readable(sock)

@@ -1,6 +1,7 @@
 """The NBD client protocol without I/O (nbd/doc/proto.md), its handshake.
 
-`Handshake` negotiates an export: fixed newstyle, structured replies, base:allocation, NBD_OPT_GO.
+`Handshake` negotiates an export: fixed newstyle, TLS where it is wanted, structured replies,
+base:allocation, NBD_OPT_GO.
 Whatever a server sends that the protocol does not allow raises ProtocolError, after which the
 connection is of no more use.
 """
@@ -20,6 +21,7 @@ FLAG_FIXED_NEWSTYLE = 1
 FLAG_NO_ZEROES = 2
 
 OPT_EXPORT_NAME = 1
+OPT_STARTTLS = 5
 OPT_GO = 7
 OPT_STRUCTURED_REPLY = 8
 OPT_SET_META_CONTEXT = 10
@@ -67,12 +69,13 @@ class ProtocolError(OSError):
 
 
 class OptionError(Exception):
-    """The server refused an option: `code` is one of NBD_REP_ERR_*, `message` its own words."""
+    """The server refused `option`: `code` is one of NBD_REP_ERR_*, `message` its own words."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, option: int) -> None:
         super().__init__(code, message)
         self.code = code
         self.message = message
+        self.option = option
 
 
 def _string(data: bytes, what: str) -> str:
@@ -96,10 +99,16 @@ class Export:
 
 
 class Handshake:
-    """Negotiation as a machine: `receive` what comes, send `data_to_send()`, until `export`."""
+    """Negotiation as a machine: `receive` what comes, send `data_to_send()`, until `export`.
 
-    def __init__(self, name: str) -> None:
+    With `tls`, whoever drives it looks at `starts_tls` after each `receive`: when it is set, TLS
+    begins, it is set back, and all else goes over TLS. Nothing but that is asked for before.
+    """
+
+    def __init__(self, name: str, *, tls: bool = False) -> None:
         self.export: Export | None = None
+        self.starts_tls = False
+        self._tls = tls
         self.greeted = False
         self.asked_by_export_name = False
         self._name = name.encode()
@@ -138,6 +147,8 @@ class Handshake:
         self.greeted = True
         self._out += _U32.pack(flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES))
         export = Export()
+        if self._tls:
+            yield from self._start_tls(bool(flags & FLAG_FIXED_NEWSTYLE))
         if flags & FLAG_FIXED_NEWSTYLE:
             if (yield from self._structured_reply()):
                 export = replace(export, structured=True, context=(yield from self._meta_context()))
@@ -159,10 +170,22 @@ class Handshake:
             raise ProtocolError(f"a reply of {length} bytes to option {asked}")
         data = (yield length) if length else b""
         if kind & REP_ERROR:
-            raise OptionError(kind, _string(data, "an error message"))
+            raise OptionError(kind, _string(data, "an error message"), asked)
         if kind == REP_ACK and data:
             raise ProtocolError("an acknowledgement with data")
         return kind, data
+
+    def _start_tls(self, fixed_newstyle: bool) -> Generator[int, bytes, None]:
+        if not fixed_newstyle:
+            raise OptionError(REP_ERR_UNSUP, "", OPT_STARTTLS)
+        self._option(OPT_STARTTLS)
+        kind, _ = yield from self._reply(OPT_STARTTLS)
+        if kind != REP_ACK:
+            raise ProtocolError(f"reply type {kind} to NBD_OPT_STARTTLS")
+        if self._in:
+            # Somebody between us and the server could have put it there.
+            raise ProtocolError("data before TLS began")
+        self.starts_tls = True
 
     def _structured_reply(self) -> Generator[int, bytes, bool]:
         self._option(OPT_STRUCTURED_REPLY)

@@ -1,15 +1,37 @@
-"""NBD URIs, as the NBD URI specification (nbd/doc/uri.md) has them."""
+"""NBD URIs, as the NBD URI specification (nbd/doc/uri.md) and libnbd (nbd_connect_uri(3)) have
+them."""
 
 from __future__ import annotations
 
+import os
+import platform
+import ssl
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlsplit
 
 from healfs.backends.base import SourceError
 
+SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 DEFAULT_PORT = 10809
 EXPORT_NAME_MAX = 4096  # bytes; the protocol's limit on strings
 SUN_PATH_MAX = 107  # bytes of sockaddr_un.sun_path, without its NUL
+
+_TLS_PARAMETERS = (
+    *("tls-type", "tls-hostname", "tls-verify-peer"),
+    *("tls-certificates", "tls-psk-file", "tls-username"),
+)
+_PATHS = ("socket", "tls-certificates", "tls-psk-file")
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How the server is known, and we to it: by certificates, or by the key of `psk_file`."""
+
+    hostname: str = ""  # to be in the server's certificate; "": any name
+    verify: bool = True
+    certificates: str | None = None  # a directory; None: see nbd_tls
+    psk_file: str | None = None
+    username: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +42,7 @@ class NbdUri:
     host: str = ""
     port: int = DEFAULT_PORT
     socket: str | None = None
+    tls: Tls | None = None
 
     def __str__(self) -> str:
         if self.socket is not None:
@@ -28,7 +51,7 @@ class NbdUri:
 
 
 def parse(text: str) -> NbdUri:
-    """Parse nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
+    """Parse nbd[s]://[USER@]HOST[:PORT]/EXPORT or nbd[s]+unix://[USER@]/EXPORT?socket=PATH.
 
     Raises SourceError with one line that says what is wrong.
     """
@@ -37,34 +60,66 @@ def parse(text: str) -> NbdUri:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise SourceError(f"{text}: not an NBD URI: {error}") from error
-    if parts.username is not None:
-        # The text may hold a password: it is not repeated.
-        raise SourceError("an NBD URI with a user name needs TLS, which is not supported yet")
-    if parts.scheme in ("nbds", "nbds+unix"):
-        raise SourceError(f"{text}: TLS is not supported yet; use nbd:// or nbd+unix://")
-    if parts.scheme not in ("nbd", "nbd+unix"):
-        raise SourceError(f"{text}: unknown scheme; use nbd:// or nbd+unix://")
+    if parts.password is not None:
+        # It is not repeated.
+        raise SourceError("an NBD URI has no password; tls-psk-file=FILE names a file of keys")
+    if parts.scheme not in SCHEMES:
+        raise SourceError(
+            f"{text}: unknown scheme; use nbd://, nbds://, nbd+unix:// or nbds+unix://"
+        )
     if parts.fragment:
         raise SourceError(f"{text}: an NBD URI has no fragment; write '#' in a name as %23")
     export = _text(text, parts.path[1:])
     if len(export.encode()) > EXPORT_NAME_MAX or "\0" in export:
         raise SourceError(f"{text}: no NBD export can have this name")
-    # In NBD URIs '+' is itself, as in RFC 3986, and no space, as in HTML forms.
-    query = parse_qsl(parts.query.replace("+", "%2B"), keep_blank_values=True)
-    for key, _ in query:
-        if key != "socket" or parts.scheme == "nbd":
-            raise SourceError(f"{text}: unknown parameter {key!r}")
-    if parts.scheme == "nbd":
+    unix, secure = parts.scheme.endswith("+unix"), parts.scheme.startswith("nbds")
+    found = _parameters(text, parts.query, unix, secure)
+    if parts.username is not None and not secure:
+        raise SourceError(f"{text}: a user name needs TLS; write nbds in place of nbd")
+    if unix:
+        if host or port is not None:
+            raise SourceError(
+                f"{text}: a Unix socket has no host; write nbd+unix:///EXPORT?socket=PATH"
+            )
+        host, path = "", _socket(text, found.get("socket", ""))
+    else:
+        path = None
         if not host:
             raise SourceError(f"{text}: a host is missing; write nbd://HOST[:PORT]/EXPORT")
         if port == 0:
             raise SourceError(f"{text}: port 0 is none")
-        return NbdUri(export, _text(text, host), port or DEFAULT_PORT)
-    if parts.netloc:
-        raise SourceError(
-            f"{text}: a Unix socket has no host; write nbd+unix:///EXPORT?socket=PATH"
-        )
-    return NbdUri(export, socket=_socket(text, [value for _, value in query]))
+        host = _text(text, host)
+    tls = _tls(text, found, host, _text(text, parts.username or "")) if secure else None
+    return NbdUri(export, host, port or DEFAULT_PORT, path, tls)
+
+
+def absolute(text: str) -> str:
+    """The URI with its paths as seen from any directory."""
+    text, hash_, fragment = text.partition("#")
+    head, mark, query = text.partition("?")
+    parameters = query.split("&")
+    for i, parameter in enumerate(parameters):
+        key, _, value = parameter.partition("=")
+        path = os.fsdecode(unquote_to_bytes(value))
+        if unquote(key) in _PATHS and path and not path.startswith(("/", "\0")):
+            value = quote(os.fsencode(os.path.abspath(path)), safe="/")
+            parameters[i] = f"{key}={value}"
+    return head + mark + "&".join(parameters) + hash_ + fragment
+
+
+def _parameters(uri: str, query: str, unix: bool, secure: bool) -> dict[str, str]:
+    found: dict[str, str] = {}
+    # In NBD URIs '+' is itself, as in RFC 3986, and no space, as in HTML forms.
+    pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, errors="surrogateescape")
+    for key, value in pairs:
+        if key in _TLS_PARAMETERS and not secure:
+            raise SourceError(f"{uri}: {key} needs TLS; write nbds in place of nbd")
+        if key not in _TLS_PARAMETERS and not (key == "socket" and unix):
+            raise SourceError(f"{uri}: unknown parameter {key!r}")
+        if key in found:
+            raise SourceError(f"{uri}: {key} is there twice")
+        found[key] = value
+    return found
 
 
 def _text(uri: str, quoted: str) -> str:
@@ -74,12 +129,51 @@ def _text(uri: str, quoted: str) -> str:
         raise SourceError(f"{uri}: the %-escapes are not UTF-8") from error
 
 
-def _socket(uri: str, values: list[str]) -> str:
-    if len(values) != 1 or not values[0]:
+def _socket(uri: str, path: str) -> str:
+    if not path:
         raise SourceError(f"{uri}: needs one parameter socket=PATH")
-    path = values[0]
     if len(path.encode(errors="surrogateescape")) > SUN_PATH_MAX:
         raise SourceError(f"{uri}: the socket's path is longer than {SUN_PATH_MAX} bytes")
     if "\0" in path[1:] or path == "\0":
         raise SourceError(f"{uri}: the socket's path has a NUL in it")
     return path
+
+
+def _tls(uri: str, found: dict[str, str], host: str, user: str) -> Tls:
+    certificates, psk_file = found.get("tls-certificates"), found.get("tls-psk-file")
+    for key in ("tls-certificates", "tls-psk-file"):
+        if "\0" in found.get(key, "") or found.get(key) == "":
+            raise SourceError(f"{uri}: {key} needs a path")
+    kind = found.get("tls-type", "x509" if psk_file is None else "psk")
+    if kind == "anon":
+        raise SourceError(f"{uri}: with tls-type=anon anybody is the server; use x509 or psk")
+    if kind not in ("x509", "psk"):
+        raise SourceError(f"{uri}: tls-type is x509 or psk")
+    if kind == "psk" and psk_file is None:
+        raise SourceError(f"{uri}: tls-type=psk needs tls-psk-file=FILE")
+    if psk_file is not None and (kind == "x509" or certificates is not None):
+        raise SourceError(f"{uri}: certificates or tls-psk-file, not both")
+    verify = found.get("tls-verify-peer", "1")
+    if verify not in ("0", "1"):
+        raise SourceError(f"{uri}: tls-verify-peer is 0 or 1")
+    if user and found.get("tls-username", user) != user:
+        raise SourceError(f"{uri}: two user names; leave out tls-username")
+    if psk_file is not None and not getattr(ssl, "HAS_PSK", False):
+        raise SourceError(
+            f"{uri}: tls-psk-file needs Python 3.13 or later, this is "
+            f"{platform.python_version()}; use certificates: tls-certificates=DIR"
+        )
+    hostname = _hostname(uri, found.get("tls-hostname", host))
+    user = user or found.get("tls-username", "")
+    return Tls(hostname, verify == "1", certificates, psk_file, user)
+
+
+def _hostname(uri: str, name: str) -> str:
+    name = name.partition("%")[0].removesuffix(".")  # certificates have no zones and no root
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        raise SourceError(f"{uri}: {name!r} is no host name") from None
+    if name.startswith(".") or "\0" in name:
+        raise SourceError(f"{uri}: {name!r} is no host name")
+    return name

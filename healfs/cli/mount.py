@@ -15,7 +15,6 @@ from pathlib import Path
 from shutil import which
 from types import FrameType
 from typing import IO, Any, NoReturn
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import click
 from rich.console import Console
@@ -31,7 +30,6 @@ from healfs.core.policy import Policy
 
 _STOP_SECONDS = 5.0  # what a keeper that was told to end may take
 _FUSE_SYSCTLS = Path("/proc/sys/fs/fuse")
-_SCHEMES = ("nbd", "nbd+unix")
 _AS_GIVEN = (
     *("name", "read_only", "create", "slow_after", "device"),
     *("allow_other", "no_wait", "size", "foreground"),
@@ -139,17 +137,17 @@ def _absolute_source(source: str) -> tuple[bool, str]:
     scheme, colon, _ = source.partition("://")
     if not colon or "/" in scheme:
         return False, os.path.abspath(source)
-    if scheme not in _SCHEMES:
-        bad_input(f"{scheme}://: unknown scheme; there are a path, nbd:// and nbd+unix://")
-    if scheme == "nbd+unix":
-        parts = urlsplit(source)
-        query = parse_qsl(parts.query, keep_blank_values=True)
-        query = [(k, os.path.abspath(v) if k == "socket" and v else v) for k, v in query]
-        encoded = urlencode(query, safe="/", quote_via=quote)
-        source = urlunsplit(parts._replace(query=encoded, netloc=parts.netloc))
-        if not parts.netloc and not source.startswith("nbd+unix://"):
-            # urlunsplit knows no empty authority for schemes that are new to it.
-            source = source.replace("nbd+unix:", "nbd+unix://", 1)
+    from healfs.backends import nbd_uri
+    from healfs.backends.base import SourceError
+
+    if scheme not in nbd_uri.SCHEMES:
+        known = ", ".join(f"{name}://" for name in nbd_uri.SCHEMES)
+        bad_input(f"{scheme}://: unknown scheme; there are a path, {known}")
+    source = nbd_uri.absolute(source)
+    try:
+        nbd_uri.parse(source)
+    except SourceError as error:
+        bad_input(str(error))
     return True, source
 
 

@@ -144,6 +144,8 @@ def _print_one(mount: Mount, one: Status) -> None:
         ("file", one.get("file", mount.file)),
         ("source", one.get("source", mount.source)),
     ]
+    if tls := one.get("tls"):
+        rows.append(("tls", f"{tls['version']}, {tls['cipher']}, peer: {tls['peer']}"))
     if (size := one.get("size")) is not None:
         rows.append(("size", f"{format_size(int(size))} ({size} bytes)"))
     rows += _load_rows(one)

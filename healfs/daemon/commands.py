@@ -81,6 +81,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "source": worker.config.source,
         "control": os.path.join(worker.parent.greeting["directory"], "control"),
         "log": worker.parent.greeting["log"],
+        "tls": (geometry.tls or None) if geometry else None,
         "device": worker.config.device,
         "configuration": configuration(worker),
         "worker_restarts": worker.parent.greeting["restarts"],

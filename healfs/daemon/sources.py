@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
+from healfs.backends import nbd_uri
 from healfs.backends.base import Backend, Geometry, SourceError
 from healfs.config import MountConfig, format_size
 from healfs.daemon.export_lock import locked_export
@@ -32,7 +33,7 @@ def backend_for(config: MountConfig) -> Backend:
 
 def exclusive(config: MountConfig) -> AbstractContextManager[None]:
     """Nobody else on this host uses the source meanwhile. Entering raises SourceError."""
-    if config.source.partition("://")[0] in ("nbd", "nbd+unix"):
+    if config.source.partition("://")[0] in nbd_uri.SCHEMES:
         return locked_export(config.source, read_only=config.read_only)
     return nullcontext()  # the file backend locks what it opens
 
@@ -40,12 +41,14 @@ def exclusive(config: MountConfig) -> AbstractContextManager[None]:
 def _plain_backend(config: MountConfig) -> Backend:
     scheme, found, _ = config.source.partition("://")
     if found and not config.source.startswith(("/", ".")):
-        if scheme.startswith("nbd"):
+        if scheme in nbd_uri.SCHEMES:
             from healfs.backends.nbd import NbdBackend
 
             return NbdBackend(config.source)
         raise SourceError(
-            f"{config.source}: unknown scheme {scheme}; use a path, nbd:// or nbd+unix://"
+            f"{config.source}: unknown scheme {scheme}; use a path or an NBD URI ("
+            + ", ".join(f"{known}://" for known in nbd_uri.SCHEMES)
+            + ")"
         )
     from healfs.backends.file import FileBackend
 

@@ -34,14 +34,21 @@ def free_port() -> int:
 class NbdServer:
     """A server on one address, Unix (`path`) or TCP (`port`), for as many lives as wanted.
 
-    `command` makes the argument vector from the address. The process dies with the test's
+    `command` makes the argument vector from the address; `tls`, the directory of a client's
+    certificates, makes its URI one with TLS. The process dies with the test's
     process (PR_SET_PDEATHSIG), and after `limit` seconds of CPU time at the latest.
     """
 
     def __init__(
-        self, command: Callable[[NbdServer], Sequence[str]], *, tcp: bool = False, limit: int = 300
+        self,
+        command: Callable[[NbdServer], Sequence[str]],
+        *,
+        tcp: bool = False,
+        limit: int = 300,
+        tls: Path | None = None,
     ) -> None:
         self._command = command
+        self._tls = tls
         self._limit = limit
         self._directory = tempfile.TemporaryDirectory(prefix="healfs-nbd-")
         self.port = free_port() if tcp else None
@@ -50,9 +57,11 @@ class NbdServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def uri(self, export: str = "") -> str:
+        name, tls = quote(export, safe=""), "" if self._tls is None else "s"
+        query = [] if self._tls is None else [f"tls-certificates={self._tls}"]
         if self.port is not None:
-            return f"nbd://127.0.0.1:{self.port}/{quote(export, safe='')}"
-        return f"nbd+unix:///{quote(export, safe='')}?socket={self.path}"
+            return f"nbd{tls}://127.0.0.1:{self.port}/{name}" + "".join(f"?{one}" for one in query)
+        return f"nbd{tls}+unix:///{name}?" + "&".join([f"socket={self.path}", *query])
 
     def spawn(self) -> None:
         """Start it; it need not be ready when this returns."""
@@ -129,7 +138,9 @@ class NbdServer:
         self.close()
 
 
-def nbdkit(*arguments: str, tcp: bool = False, limit: int = 300) -> NbdServer:
+def nbdkit(
+    *arguments: str, tcp: bool = False, limit: int = 300, tls: Path | None = None
+) -> NbdServer:
     """nbdkit, not started yet: nbdkit("memory", "16M"), nbdkit("--filter=delay", "file", ...)."""
 
     def command(server: NbdServer) -> Sequence[str]:
@@ -139,11 +150,16 @@ def nbdkit(*arguments: str, tcp: bool = False, limit: int = 300) -> NbdServer:
             where = ["-i", "127.0.0.1", "-p", str(server.port)]
         return ["nbdkit", "-f", *where, *arguments]
 
-    return NbdServer(command, tcp=tcp, limit=limit)
+    return NbdServer(command, tcp=tcp, limit=limit, tls=tls)
 
 
 def qemu_nbd(
-    image: Path, *arguments: str, export: str = "", tcp: bool = False, limit: int = 300
+    image: Path,
+    *arguments: str,
+    export: str = "",
+    tcp: bool = False,
+    limit: int = 300,
+    tls: Path | None = None,
 ) -> NbdServer:
     """qemu-nbd on a raw image, not started yet."""
 
@@ -155,4 +171,4 @@ def qemu_nbd(
         common = ["qemu-nbd", "-f", "raw", "-t", "-e", "16", "-x", export]
         return [*common, *where, *arguments, str(image)]
 
-    return NbdServer(command, tcp=tcp, limit=limit)
+    return NbdServer(command, tcp=tcp, limit=limit, tls=tls)

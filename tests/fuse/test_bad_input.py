@@ -101,7 +101,7 @@ def test_the_mountpoint_is_in_use(commands: Commands, image: Path, tmp_path: Pat
     assert commands.run("status", commands.mountpoint).returncode == 0
 
 
-@pytest.mark.parametrize("source", ["iscsi://host/target", "http://x/", "nbds://localhost/"])
+@pytest.mark.parametrize("source", ["iscsi://host/target", "http://x/", "nbdss://localhost/"])
 def test_the_scheme_is_unknown(commands: Commands, source: str) -> None:
     _mount_refused(commands, source, says="unknown scheme")
 

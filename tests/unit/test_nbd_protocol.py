@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from healfs.backends import nbd_protocol as proto
-from healfs.backends.base import SourceError
 from healfs.backends.nbd_protocol import Export, Handshake, OptionError, ProtocolError
-from healfs.backends.nbd_uri import NbdUri, parse
 
 SIZE = 1 << 30
 FLAGS = proto.HAS_FLAGS | proto.SEND_FLUSH
@@ -40,8 +38,8 @@ NAMES = info(proto.INFO_NAME, b"disk") + info(proto.INFO_DESCRIPTION, "größe".
 GO = reply(proto.OPT_GO, proto.REP_ACK)
 
 
-def shake(*parts: bytes, name: str = "disk") -> Handshake:
-    handshake = Handshake(name)
+def shake(*parts: bytes, name: str = "disk", tls: bool = False) -> Handshake:
+    handshake = Handshake(name, tls=tls)
     for part in parts:
         handshake.receive(part)
     return handshake
@@ -201,56 +199,56 @@ def test_a_refused_export(code: int) -> None:
     assert (caught.value.code, caught.value.message) == (code, "\ufffd")
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("nbd://example.com", NbdUri("", "example.com")),
-        ("nbd://example.com/", NbdUri("", "example.com")),
-        ("nbd://example.com:10810/disk", NbdUri("disk", "example.com", 10810)),
-        ("nbd://example.com//disk", NbdUri("/disk", "example.com")),
-        ("nbd://example.com/hello%20world%3F", NbdUri("hello world?", "example.com")),
-        ("nbd://[::1]:1/d", NbdUri("d", "::1", 1)),
-        ("nbd://[fe80::1%25eth0]/d", NbdUri("d", "fe80::1%eth0")),
-        ("NBD://h/D", NbdUri("D", "h")),
-        ("nbd+unix:///d?socket=/run/a%20b", NbdUri("d", socket="/run/a b")),
-        ("nbd+unix:///?socket=rel.sock", NbdUri("", socket="rel.sock")),
-        ("nbd+unix:///?socket=/run/a+b.sock", NbdUri("", socket="/run/a+b.sock")),
-        ("nbd+unix://?socket=/s", NbdUri("", socket="/s")),
-        ("nbd+unix:///?socket=%00/abstract", NbdUri("", socket="\0/abstract")),
-    ],
-)
-def test_uris(text: str, expected: NbdUri) -> None:
-    assert parse(text) == expected
+TLS = reply(proto.OPT_STARTTLS, proto.REP_ACK)
+
+
+def test_tls_begins_before_anything_else_is_asked() -> None:
+    handshake = shake(GREETING, tls=True)
+    sent = handshake.data_to_send()
+    assert options(sent[4:]) == [(proto.OPT_STARTTLS, b"")]
+    assert not handshake.starts_tls
+    for byte in TLS:
+        assert not handshake.starts_tls
+        handshake.receive(bytes([byte]))
+    assert handshake.starts_tls
+    handshake.starts_tls = False
+    assert options(handshake.data_to_send()) == [(proto.OPT_STRUCTURED_REPLY, b"")]
+    handshake.receive(SR + META + EXPORT + GO)
+    assert handshake.export == Export(SIZE, FLAGS, structured=True, context=7)
+
+
+@given(st.data())
+def test_what_came_before_tls_is_never_taken_for_the_server(data: st.DataObject) -> None:
+    """STARTTLS injection: the replies of somebody in between, behind the server's own."""
+    injected = SR + META + EXPORT + GO
+    stream = GREETING + TLS + injected[: data.draw(st.integers(1, len(injected)))]
+    cut = data.draw(st.integers(0, len(GREETING + TLS) - 1))
+    handshake = shake(stream[:cut], tls=True)
+    with pytest.raises(ProtocolError, match="before TLS"):
+        handshake.receive(stream[cut:])
+    assert handshake.export is None and not handshake.starts_tls
 
 
 @pytest.mark.parametrize(
-    "text",
+    "parts",
     [
-        "nbds://h/d",
-        "nbds+unix:///?socket=/s",
-        "http://h/d",
-        "nbd:///d",
-        "nbd://h:port/d",
-        "nbd://h:65536/d",
-        "nbd://h:0/d",
-        "nbd://[::1/d",
-        "nbd://h/%ff",
-        "nbd://h/%00",
-        "nbd://h/" + "x" * 4097,
-        "nbd://h/d?socket=/s",
-        "nbd://h/d?tls-type=x509",
-        "nbd://h/d#1",
-        "nbd://user@h/d",
-        "nbd+unix:///d",
-        "nbd+unix:///d?socket=",
-        "nbd+unix:///d?socket=/a&socket=/b",
-        "nbd+unix:///d?socket=/a&x=1",
-        "nbd+unix://host/d?socket=/a",
-        "nbd+unix:///d?socket=/" + "x" * 107,
-        "nbd+unix:///d?socket=/a%00b",
+        (GREETING, reply(proto.OPT_STARTTLS, proto.REP_ERR_UNSUP, b"no")),
+        (GREETING, reply(proto.OPT_STARTTLS, proto.REP_ERR_POLICY)),
+        (b"NBDMAGICIHAVEOPT" + pack(">H", 2),),
+        (b"NBDMAGICIHAVEOPT" + pack(">H", 0),),
     ],
 )
-def test_bad_uris_are_wrong_sources(text: str) -> None:
-    with pytest.raises(SourceError) as caught:
-        parse(text)
-    assert "\n" not in str(caught.value)
+def test_without_tls_nothing_more_is_said(parts: tuple[bytes, ...]) -> None:
+    """No way leads on without TLS: not an old server, not a refusal."""
+    handshake = shake(*parts[:-1], tls=True)
+    handshake.data_to_send()
+    with pytest.raises(OptionError) as caught:
+        handshake.receive(parts[-1])
+    assert caught.value.option == proto.OPT_STARTTLS
+    assert b"disk" not in handshake.data_to_send()
+
+
+def test_other_answers_to_starttls_break_the_protocol() -> None:
+    for wrong in (reply(proto.OPT_STARTTLS, proto.REP_INFO, b"xx"), SR):
+        with pytest.raises(ProtocolError):
+            shake(GREETING, wrong, tls=True)
