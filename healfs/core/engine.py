@@ -344,6 +344,8 @@ class Engine:
     def _completed_well(self, request: Request, errno: int, data: object) -> None:
         """Success; or an error of a request that was given up before."""
         kind = request.kind
+        if errno and request.fua and errors.classify(errno) is ErrorClass.FAILED:
+            self._flush_failed(errno, ())
         if kind is READ:
             if self._overlays and (parts := self._overlays.pop(request.order, None)):
                 data = patch(data, request.offset, parts) if not errno else None
@@ -431,7 +433,9 @@ class Engine:
     def fail_all(self, errno: int = e.EIO) -> dict[str, dict[str, int]]:
         """Answer everything with an error; returns what was given up: {kind: {requests, bytes}}."""
         given_up: dict[str, dict[str, int]] = {}
-        for request in list(self._queues.unanswered()):
+        # The newest first: whoever waits behind another is answered before that one lets it go,
+        # and is never sent.
+        for request in sorted(self._queues.unanswered(), key=_age, reverse=True):
             entry = given_up.setdefault(request.kind.name.lower(), {"requests": 0, "bytes": 0})
             entry["requests"] += 1
             entry["bytes"] += request.length
@@ -893,6 +897,8 @@ class Engine:
             return
         if self.state is State.STALLED:
             self._move(State.REPLAYING if self._replaying else State.READY, "")
+            if self._replay.wanted and not self._replaying:
+                self._begin_replay()  # a flush failed in the silence
         if self.state is State.READY and (not request.internal or request.kind is FLUSH):
             self._end_outage(self.clock(), request)
 

@@ -73,7 +73,8 @@ class Queues:
 
     def counts(self) -> tuple[int, int, int]:
         """Of the guest's requests: in flight, parked, given up but in the backend's hands."""
-        in_flight = sum(not r.answered for r in self.in_flight.values()) + len(self.covered)
+        in_flight = sum(not r.answered for r in self.in_flight.values())
+        in_flight += sum(not r.answered for r in self.covered.values())
         parked = sum(not r.answered for r in self.waiting.values())
         parked += sum(map(len, (self.parked, self.no_room, self.flushes, self.undecided)))
         parked += len(self.retries)

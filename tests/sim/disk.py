@@ -175,7 +175,7 @@ class Server:
         tries = self._tries[key] = self._tries.get(key, 0) + 1
         attempt = Attempt(request, self.session, chance(seed, *key, tries))
         self._hands.append(attempt)
-        if request.kind is Kind.FLUSH:
+        if request.kind is Kind.FLUSH or request.fua:  # its fsync is everybody's
             attempt.covers = self._covered(attempt.session)
         if self._dies_after:
             self._dies_after -= 1
@@ -263,7 +263,7 @@ class Server:
     def _carry_out(self, attempt: Attempt) -> None:
         if not attempt.errno:
             self._apply(attempt, torn=False)
-        elif attempt.request.kind is Kind.FLUSH:
+        elif attempt.covers is not None:
             self._fail_flush(attempt)
         elif self.options.torn and attempt.errno not in REFUSED and attempt.luck < 0.5:
             self._apply(attempt, torn=True)

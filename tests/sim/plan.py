@@ -28,7 +28,7 @@ def chance(*parts: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The faults by name. TODAY has those above the line, WITH_LOG all but `inside`."""
+    """The faults by name. TODAY has those above the line, WITH_LOG all but `inside` and `fail`."""
 
     errno: bool = True  # a few requests fail: failed, lost and refused errnos
     delay: bool = True  # requests that take up to 8 s
@@ -45,6 +45,7 @@ class Options:
     pause: bool = True
     cancel: bool = True  # the guest gives up
     inside: bool = False  # the backend answers before send returns
+    fail: bool = False  # the operator has all that waits answered with an error
     # --- with the write log ---
     cache_loss: bool = False  # a disconnect drops the volatile cache
     session_flush: bool = False  # a flush covers the writes of its own connection only

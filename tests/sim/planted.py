@@ -138,6 +138,15 @@ class LatchCleared(Engine):
             self._judge_failed(request, errno, self.clock())
 
 
+class StaysLatched(Engine):
+    """A flush that failed in a silence is replayed with the next connection only."""
+
+    def _answered_again(self, request: Request) -> None:
+        begin, self._begin_replay = self._begin_replay, lambda: None  # type: ignore[method-assign]
+        super()._answered_again(request)
+        self._begin_replay = begin  # type: ignore[method-assign]
+
+
 class UnsettledLostWithTheWorker(Engine):
     def take_over(self) -> None:
         recover = self.log.recover
@@ -180,6 +189,7 @@ class AcceptDropsTheLog(Engine):
 
 _COMPLETE, _TRIM = WriteLog.complete, WriteLog.trim
 LOSSES = replace(TODAY, cache_loss=True)
+SILENCES = Options(flush_loses=True).only({"freeze", "flush_loses", "delay"})
 CRASHES = replace(TODAY, late=True, worker=True)
 
 
@@ -229,6 +239,7 @@ BUGS = (
     ),
     Bug("accept drops the log", LIES, AcceptDropsTheLog, replace(LOSSES, accept=True)),
     Bug("latch cleared after a failed flush", LIES, LatchCleared, replace(TODAY, flush_loses=True)),
+    Bug("latched after a silence", ("lost answer",), StaysLatched, SILENCES),
     Bug("unsettled set lost with the worker", LIES, UnsettledLostWithTheWorker, CRASHES),
     Bug("resent bytes answered, not sent", LIES, ResentAnsweredUnsent, CRASHES),
     Bug(

@@ -40,6 +40,15 @@ def test_no_seed_fails(part, options):
         )
 
 
+@pytest.mark.parametrize("part", range(2))
+def test_no_seed_fails_where_the_operator_fails_what_waits(part):
+    step = SEEDS // 4
+    seeds = range(part * step, (part + 1) * step)
+    failure = first_failure(seeds, replace(WITH_LOG, fail=True))
+    if failure is not None:
+        pytest.fail("\n".join(["", *shrink(failure).trace()]), pytrace=False)
+
+
 @pytest.mark.parametrize(("seed", "options"), REGRESSIONS)
 def test_seeds_that_once_failed(seed, options):
     assert run_seed(seed, options) is None

@@ -65,6 +65,7 @@ class World:
             self._memory = memoryview(bytearray(memory_size(RING, 1024)))
             more["log"] = WriteLog(self._memory, 1024, RING // 4)
         self._keywords = more
+        self._alarm = 0  # the last one that was set
         self.engine = self._new_engine()
         self._geometry: dict[str, Any] = {"volatile_cache": True}
         self._queues: dict[int, deque[Op]] = {}
@@ -269,11 +270,12 @@ class World:
 
     def wake_at(self, when: float) -> None:
         # A timer never fires at once: else sums that differ by a rounding would spin for ever.
-        self.later(max(when - self.now, 1e-6), self._wake, self.engine)
+        self._alarm += 1
+        self.later(max(when - self.now, 1e-6), self._wake, self._alarm)
 
-    def _wake(self, who: Engine) -> None:
-        if who is self.engine:
-            who.wake()
+    def _wake(self, alarm: int) -> None:
+        if alarm == self._alarm:  # else another one, or another worker's, was set since
+            self.engine.wake()
 
     def event(self, name: str, data: dict[str, object]) -> None:
         if self.trace is not None:
@@ -381,6 +383,8 @@ class World:
                 server.short_next = 1 + number % 8
             case "reconnect":
                 self.engine.reconnect()
+            case "fail":
+                self._fail()
             case "worker":
                 self._worker_dies()
             case other:
@@ -399,12 +403,22 @@ class World:
             self._may_ignore[direction] |= Action.IGNORE in (given.error, given.then)
         self.engine.set_policy(policy)
 
+    def _fail(self) -> None:
+        waiting = self.oracle.unanswered()
+        self._cancelled.update(op.id for op in waiting)
+        given_up = self.engine.fail_all()
+        if left := [op for op in waiting if op.id not in self.oracle.answered]:
+            raise Violation("lost answer", f"{left[0]} was failed and is not answered")
+        if sum(n["requests"] for n in given_up.values()) != len(waiting):
+            raise Violation("miscounted", f"{len(waiting)} were failed, not {given_up}")
+
     def _worker_dies(self) -> None:
         """kill -9: what the kernel has no answer for comes again, to a successor on the memory
         that was left. The callers' pages may have changed since."""
         self.server.break_off(crash=False)
         self._linked = self._trying = False
         self._accepted = None
+        self._alarm += 1
         self._keywords["log"] = WriteLog(self._memory, 1024, RING // 4)
         self.engine = self._new_engine()
         self.engine.take_over()

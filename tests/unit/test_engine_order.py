@@ -256,7 +256,57 @@ def test_fail_all_with_a_hung_backend():
     play.run(10)
     play.take()
     play.engine.fail_all()
-    play.expect("answer hung EIO", "answer behind EIO")
+    play.expect("answer behind EIO", "answer hung EIO")
+    play.write("later")  # the range is not settled as long as the backend has it
+    assert play.counts == {"in_flight": 0, "parked": 1, "unsettled": 1}
+    play.ok("hung")
+    play.expect("send later")
+
+
+def test_fail_all_sends_nothing_that_waited():
+    play = Playbook()
+    play.write("failing")
+    play.error("failing", e.EIO)
+    play.write("behind")
+    play.read("reader")
+    play.take()
+    play.engine.fail_all()
+    play.expect("answer reader EIO", "answer behind EIO", "answer failing EIO")
+    play.run(10)
+    play.expect()
+    play.write("later")
+    play.expect("send later")
+
+
+def test_fail_all_in_a_pause_and_in_a_mismatch_leaves_the_disk_as_it_is():
+    play = Playbook()
+    play.engine.pause()
+    play.write("a")
+    play.engine.fail_all()
+    play.write("b")
+    assert play.state == "paused" and play.answers == {"a": (e.EIO, None)}
+    play.engine.fail_all()
+    play.engine.resume()
+    play.outage()
+    play.up(mismatch="another")
+    play.write("c")
+    play.engine.fail_all()
+    play.write("d")
+    play.run(30)
+    assert play.state == "mismatch" and set(play.answers) == {"a", "b", "c"}
+    assert play.engine.policy == policy()
+
+
+def test_a_flush_in_flight_that_was_failed_is_not_in_flight_any_more():
+    play = Playbook()
+    play.flush("f")
+    play.engine.fail_all()
+    play.flush("later")
+    assert play.counts == {"in_flight": 0, "parked": 1, "unsettled": 0}
+    play.ok("f")
+    play.expect("send f", "answer f EIO", "send later")
+    play.ok("later")
+    play.expect("answer later")
 
 
 # --- limits, and a backend that answers before send returns ------------------------------------

@@ -143,6 +143,36 @@ def test_a_flush_beside_a_failed_fua_write_proves_nothing(flush_last):
     assert disk.succeeded("f") and disk.succeeded("b")
 
 
+def test_a_failed_fua_write_that_nobody_waits_for_any_more_is_no_better():
+    disk = Disk()
+    disk.written("a", 0)
+    fua = disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    disk.engine.cancel(fua)
+    disk.drive(lambda request: e.EIO if request is fua else 0)
+    assert (Kind.WRITE, 0, 1) in disk.replayed() and disk.answers["b"] == (e.EINTR, None)
+    disk.flush("f")
+    disk.drive()
+    assert disk.succeeded("f") and not len(disk.engine.log)
+
+
+@pytest.mark.parametrize("what", ["flush", "write"])
+def test_what_fails_after_a_silence_is_replayed(what):
+    disk = Disk(slow_after=5)
+    disk.written("a", 0)
+    if what == "flush":
+        disk.flush("b")
+    else:
+        disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    (hung,) = disk.flying.values()
+    disk.run(6)
+    assert disk.state == "stalled"
+    disk.flying.clear()
+    disk.engine.completed(hung, e.EIO)
+    disk.drive_for(5)
+    assert (Kind.WRITE, 0, 1) in disk.replayed()
+    assert disk.state == "ready" and disk.succeeded("b")
+
+
 def test_a_failed_write_without_fua_is_its_own_matter():
     disk = Disk()
     disk.written("a", 0)
