@@ -28,6 +28,7 @@ VERBS = {
     "accept": "healfs.cli.recovery:accept",
     "pause": "healfs.cli.pause:pause",
     "resume": "healfs.cli.pause:resume",
+    "fail": "healfs.cli.recovery:fail",
     "umount": "healfs.cli.umount:umount",
     "demo": "healfs.cli.demo:demo",
 }

@@ -1,4 +1,4 @@
-"""healfs reconnect and healfs accept: what the operator may decide in an outage."""
+"""healfs reconnect, healfs accept and healfs fail: what the operator may decide in an outage."""
 
 from __future__ import annotations
 
@@ -52,6 +52,19 @@ def accept(mountpoint: str, replay: bool, drop: bool) -> None:
         raise CliError(f"{mount.mountpoint}: not accepted: {now.get('reason')}")
     done = "the write log is written to it" if replay else "the write log was thrown away"
     _say(mount, f"accepted; {done}; {now.get('state')}")
+
+
+@click.command()
+@click.argument("mountpoint")
+def fail(mountpoint: str) -> None:
+    """Answer all requests that wait in the disk at MOUNTPOINT with an error, now.
+
+    The policy stays as it is: a request that comes later waits again.
+    """
+    mount = find(mountpoint)
+    with connected(mount, _TIMEOUT) as client:
+        failed = client.execute("healfs-fail")["failed"]
+    _say(mount, f"requests answered with an error: {failed}")
 
 
 def _wait_accepted(client: Client) -> dict[str, Any]:

@@ -439,6 +439,7 @@ class Engine:
             entry = given_up.setdefault(request.kind.name.lower(), {"requests": 0, "bytes": 0})
             entry["requests"] += 1
             entry["bytes"] += request.length
+            self.totals.failed_by_operator += 1
             self.cancel(request, errno)
         return given_up
 

@@ -15,6 +15,7 @@ class Totals:
         self.retries = 0
         self.reconnects = 0
         self.ignored_bytes = 0
+        self.failed_by_operator = 0  # requests answered with an error on demand
 
     def count(self, kind: Kind, length: int, errno: int) -> None:
         self.requests[kind] += 1
@@ -36,4 +37,5 @@ class Totals:
             "retries": self.retries,
             "reconnects": self.reconnects,
             "ignored_bytes": self.ignored_bytes,
+            "failed_by_operator": self.failed_by_operator,
         }

@@ -38,6 +38,7 @@ def verbs(worker: Worker) -> dict[str, Verb]:
             lambda arguments, peer: accept(worker, bool(arguments["replay"])),
             {"replay": Argument(bool)},
         ),
+        "healfs-fail": Verb(lambda arguments, peer: fail(worker, peer)),
         "healfs-umount": Verb(
             lambda arguments, peer: umount(worker, bool(arguments.get("force", False))),
             {"force": Argument(bool, optional=True)},
@@ -254,6 +255,15 @@ def accept(worker: Worker, replay: bool) -> dict[str, Any]:
     worker.engine.accept(replay=replay)
     worker.commit()
     return {}
+
+
+def fail(worker: Worker, peer: Peer) -> dict[str, Any]:
+    """Answer all that waits with an error, now; what comes later waits again."""
+    failed = worker.engine.fail_all()
+    worker.commit()
+    if failed:
+        worker.event("HEALFS_FAILED", {"uid": peer.uid, "pid": peer.pid, "requests": failed})
+    return {"failed": sum(kind["requests"] for kind in failed.values())}
 
 
 async def umount(worker: Worker, force: bool) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def assert_refused(result: Result, *words: str, status: int = 2) -> None:
         ("policy M", ["not a healfs mount"]),
         ("policy M --read-then enospc", ["enospc is for writes only"]),
         ("reconnect M", ["not a healfs mount"]),
+        ("fail M", ["not a healfs mount"]),
         ("accept M", ["exactly one of --replay", "--drop"]),
         ("accept M --replay --drop", ["exactly one"]),
         ("accept M --drop", ["not a healfs mount"]),
@@ -237,6 +238,7 @@ class Daemon:
             ),
             "healfs-umount": Verb(self._umount, {"force": Argument(bool)}),
             "healfs-reconnect": Verb(lambda arguments, peer: {}),
+            "healfs-fail": Verb(lambda arguments, peer: {"failed": 3}),
             "healfs-accept": Verb(self._accept, {"replay": Argument(bool)}),
         }
 
@@ -385,6 +387,13 @@ def test_reconnect_says_what_it_left(daemon: Daemon) -> None:
     mountpoint = daemon.mount.mountpoint
     assert result.exit_code == 0
     assert result.stdout == f"{mountpoint}: the connection was given up; stalled, 3 unsettled\n"
+
+
+def test_fail_says_how_many(daemon: Daemon) -> None:
+    daemon.start()
+    result = run("fail", daemon.mount.mountpoint)
+    assert result.exit_code == 0
+    assert result.stdout == f"{daemon.mount.mountpoint}: requests answered with an error: 3\n"
 
 
 def test_accept_says_what_became_of_it(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
