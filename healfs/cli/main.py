@@ -29,6 +29,7 @@ VERBS = {
     "pause": "healfs.cli.pause:pause",
     "resume": "healfs.cli.pause:resume",
     "fail": "healfs.cli.recovery:fail",
+    "attach": "healfs.cli.attach:attach",
     "umount": "healfs.cli.umount:umount",
     "demo": "healfs.cli.demo:demo",
 }

@@ -85,6 +85,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "tls": (geometry.tls or None) if geometry else None,
         "device": worker.config.device,
         "configuration": configuration(worker),
+        "minimum_block": worker.engine.align if geometry else None,
         "worker_restarts": worker.parent.greeting["restarts"],
         "pids": {"keeper": 0 if gone else os.getppid(), "worker": os.getpid()},
         "since": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat("T", "seconds"),

@@ -109,6 +109,9 @@ def assert_refused(result: Result, *words: str, status: int = 2) -> None:
         ("accept M", ["exactly one of --replay", "--drop"]),
         ("accept M --replay --drop", ["exactly one"]),
         ("accept M --drop", ["not a healfs mount"]),
+        ("attach M --qemu --libvirt", ["not both"]),
+        ("attach M --bus ide", ["--bus", "virtio", "scsi"]),
+        ("attach M", ["not a healfs mount"]),
         ("umount M", ["not a healfs mount"]),
         ("umount M --forc", ["--force"]),
         ("status \x1b]0;evil\x07", ["not a healfs mount"]),
@@ -346,6 +349,22 @@ def test_all_mounts(daemon: Daemon) -> None:
     (row,) = json.loads(run("list", "--json").stdout)
     assert row["state"] == "mounted" and row["pids"]["keeper"] == daemon.process.pid
     assert "mounted" in run("list").stdout
+
+
+def test_attach_lives_with_an_object_that_lacks_everything(daemon: Daemon) -> None:
+    daemon.start()
+    result = run("attach", daemon.mount.mountpoint, "--libvirt")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert run("attach", daemon.mount.mountpoint).stdout.count("virtio-blk-pci") == 1
+
+
+def test_attach_refuses_a_path_that_no_line_can_hold(tmp_path: Path) -> None:
+    odd = Daemon(str(tmp_path / "a\nb"))
+    try:
+        odd.start()
+        assert_refused(run("attach", odd.mount.mountpoint), "mount it at another")
+    finally:
+        odd.close()
 
 
 def test_a_daemon_that_hangs_is_told(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@ from typing import Protocol
 
 import pytest
 
+from tests.mounts import HealfsMount
 from tests.vm.guest import Bus, Guest
 
 
 class Boot(Protocol):
-    def __call__(self, disk: Path, bus: Bus = "virtio-blk") -> Guest: ...
+    def __call__(self, disk: HealfsMount | Path, bus: Bus = "virtio-blk") -> Guest: ...
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def boot() -> Iterator[Boot]:
     """Starts guests that have reached their command loop, and ends them with the test."""
     guests: list[Guest] = []
 
-    def start(disk: Path, bus: Bus = "virtio-blk") -> Guest:
+    def start(disk: HealfsMount | Path, bus: Bus = "virtio-blk") -> Guest:
         guests.append(Guest(disk, bus))
         guests[-1].wait_line(r"READY .*", 120)
         return guests[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import socket
 import subprocess
 import tempfile
@@ -14,19 +15,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from tests.mounts import HealfsMount
 from tests.vm.image import image
 
 Bus = Literal["virtio-blk", "virtio-scsi"]
 
-# With these the device passes an error on to the guest and QEMU itself does not stop.
-REPORT = "werror=report,rerror=report"
-DEVICES: dict[Bus, tuple[str, list[str]]] = {
-    "virtio-blk": ("vda", ["-device", f"virtio-blk-pci,drive=d,{REPORT}"]),
-    "virtio-scsi": (
-        "sda",
-        ["-device", "virtio-scsi-pci,id=s", "-device", f"scsi-hd,bus=s.0,drive=d,{REPORT}"],
-    ),
+# As healfs attach calls them, and as the guest does.
+BUSES: dict[Bus, str] = {"virtio-blk": "virtio", "virtio-scsi": "scsi"}
+NAMES: dict[Bus, str] = {"virtio-blk": "vda", "virtio-scsi": "sda"}
+PLAIN: dict[Bus, list[str]] = {
+    "virtio-blk": ["-device", "virtio-blk-pci,drive=d"],
+    "virtio-scsi": ["-device", "virtio-scsi-pci,id=s", "-device", "scsi-hd,bus=s.0,drive=d"],
 }
+
+
+def arguments(disk: HealfsMount | Path, bus: Bus) -> list[str]:
+    """QEMU's, for the disk: of a mount those that healfs attach prints."""
+    if isinstance(disk, HealfsMount):
+        printed = disk.run("attach", str(disk.mountpoint), "--bus", BUSES[bus])
+        return shlex.split(printed.stdout)
+    node = f"driver=file,node-name=d,filename={disk},aio=threads,discard=unmap"
+    return ["-blockdev", node, *PLAIN[bus]]
 
 
 class Guest:
@@ -36,9 +45,10 @@ class Guest:
     after its start, and when the thread that started it ends.
     """
 
-    def __init__(self, disk: Path, bus: Bus = "virtio-blk", limit: float = 600) -> None:
+    def __init__(
+        self, disk: HealfsMount | Path, bus: Bus = "virtio-blk", limit: float = 600
+    ) -> None:
         kernel, initrd = image()
-        name, device = DEVICES[bus]
         self._directory = tempfile.TemporaryDirectory(prefix="healfs-vm-")
         scratch = Path(self._directory.name)
         self.console = scratch / "console"
@@ -48,15 +58,13 @@ class Guest:
         command = [
             *("setpriv", "--pdeathsig", "KILL"),
             *("qemu-system-x86_64", "-accel", "tcg", "-M", "q35", "-m", "256M", "-smp", "1"),
-            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-nodefaults", "-no-user-config", "-display", "none"),
             *("-kernel", str(kernel), "-initrd", str(initrd)),
-            *("-append", f"console=ttyS0 loglevel=4 panic=-1 healfs.disk={name}"),
+            *("-append", f"console=ttyS0 loglevel=4 panic=-1 healfs.disk={NAMES[bus]}"),
             *("-chardev", f"file,id=console,path={self.console}", "-serial", "chardev:console"),
             *("-chardev", "stdio,id=control,signal=off", "-serial", "chardev:control"),
             *("-qmp", f"unix:{self._monitor},server=on,wait=off"),
-            "-blockdev",
-            f"driver=file,node-name=d,filename={disk},aio=threads,cache.direct=on,discard=unmap",
-            *device,
+            *arguments(disk, bus),
         ]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._limit = threading.Timer(limit, self._process.kill)
