@@ -31,6 +31,7 @@ VERBS = {
     "fail": "healfs.cli.recovery:fail",
     "attach": "healfs.cli.attach:attach",
     "umount": "healfs.cli.umount:umount",
+    "doctor": "healfs.cli.doctor:doctor",
     "demo": "healfs.cli.demo:demo",
 }
 

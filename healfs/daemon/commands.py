@@ -86,6 +86,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "device": worker.config.device,
         "configuration": configuration(worker),
         "minimum_block": worker.engine.align if geometry else None,
+        "backend": abilities(geometry),
         "worker_restarts": worker.parent.greeting["restarts"],
         "pids": {"keeper": 0 if gone else os.getppid(), "worker": os.getpid()},
         "since": datetime.fromtimestamp(time.time() - seconds, UTC).isoformat("T", "seconds"),
@@ -109,6 +110,20 @@ def summary(worker: Worker) -> str:
     why = f" ({engine['reason']})" if engine["reason"] else ""
     waiting = requests["parked"] + requests["in_flight"]
     return f"{state} since {since}: {waiting} requests wait{why}"
+
+
+def abilities(geometry: Geometry | None) -> dict[str, bool] | None:
+    """What the backend can; None: it was not asked yet."""
+    if geometry is None:
+        return None
+    return {
+        "flush": geometry.can_flush,
+        "fua": geometry.can_fua,
+        "discard": geometry.can_discard,
+        "write_zeroes": geometry.can_write_zeroes,
+        "volatile_cache": geometry.volatile_cache,
+        "multi_conn": geometry.multi_conn,
+    }
 
 
 def configuration(worker: Worker) -> dict[str, Any]:

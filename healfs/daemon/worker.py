@@ -8,6 +8,7 @@ memory (the memfd of the write log), fuse (of a mount that an earlier worker had
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno as e
 import gc
 import json
@@ -174,7 +175,7 @@ class Worker:
             return status
         self.engine.size = size
         self._open_channel(fuse)
-        self.engine.save(namespace=self.namespace.save(), identity=self._identity())
+        self.engine.save(namespace=self.namespace.save(), geometry=self._geometry())
         return None
 
     def _take_over(self) -> None:
@@ -182,15 +183,15 @@ class Worker:
         self.backend.resumed()
         self.engine.take_over()
         saved = self.engine.frontend
-        if saved.get("identity") is not None:
-            self.geometry = Geometry(self.engine.size, identity=saved["identity"])
+        if saved.get("geometry") is not None:
+            self.geometry = Geometry(**saved["geometry"])
         self._open_channel(self.fuse)
         if "namespace" in saved:
             self.namespace.load(saved["namespace"])
         self.channel.resume(bytes.fromhex(self.parent.greeting["init"]))
 
-    def _identity(self) -> dict[str, str] | None:
-        return None if self.geometry is None else self.geometry.identity
+    def _geometry(self) -> dict[str, object] | None:
+        return None if self.geometry is None else dataclasses.asdict(self.geometry)
 
     def _open_channel(self, fuse: int) -> None:
         read_only = self.config.read_only
@@ -351,7 +352,7 @@ class Worker:
         )
         if self.engine.link_up:
             self.geometry = geometry
-            self.engine.save(identity=geometry.identity)
+            self.engine.save(geometry=self._geometry())
         self.commit()
 
     async def _probe(self) -> None:

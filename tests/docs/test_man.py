@@ -97,8 +97,6 @@ def test_every_qmp_command_is_there() -> None:
 def test_every_status_key_is_there_and_no_other() -> None:
     keys = re.findall(r"^\*(.*)\*$", section("STATUS"), re.MULTILINE)
     said = {key for line in keys for key in line.replace("\\", "").split("*, *")}
-    text = section("STATUS KEYS", SEMANTICS).replace("\\", "")
-    assert said == set(re.findall(r"\*([a-z_]+)\*", text)) - {"healfs"}
     source = (PAGES.parent / "healfs/daemon/commands.py").read_text()
     returned = source.split("def status")[1].split("    return {\n")[1].split("\n    }")[0]
     own = set(re.findall(r'^        "([a-z_]+)": ', returned, re.MULTILINE))

@@ -1,0 +1,1 @@
+"""What would break the promises, found before an outage finds it. No mount is touched."""

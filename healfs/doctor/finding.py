@@ -1,0 +1,23 @@
+"""One thing that was looked at."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Level(enum.StrEnum):
+    OK = "ok"
+    NOTE = "note"  # worth knowing
+    WARNING = "warning"  # an outage is worse than it need be
+    ERROR = "error"  # a promise does not hold
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`mend` is the command that mends it, or says what to do ("": nothing)."""
+
+    check: str
+    level: Level
+    text: str
+    mend: str = ""
