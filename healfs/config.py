@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,11 @@ def format_size(size: int) -> str:
             break
         value, unit = value / 1024, f"{letter}iB"
     return f"{value:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def spans(ranges: Iterable[Sequence[int]]) -> list[str]:
+    """For people, of (offset, length): "0-4095"."""
+    return [f"{offset}-{offset + length - 1}" for offset, length in ranges]
 
 
 def one_line(text: str) -> str:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from healfs.cli.output import CliError, bad_input
-from healfs.control import client, mounts
+from healfs.config import format_size
+from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
 
@@ -63,6 +64,24 @@ def detach(mountpoint: str) -> None:
         raise CliError(f"{mountpoint}: cannot unmount: {exc}") from None
     if done.returncode and is_mounted(mountpoint):
         raise CliError(f"{mountpoint}: cannot unmount: {done.stderr}")
+
+
+def clear(mount: Mount) -> str:
+    """Take away what a daemon left that is gone; returns what is lost with it."""
+    account = unflushed.read(mount.directory)
+    detach(mount.mountpoint)
+    mounts.clear_dead(mount.directory)
+    if account is None:
+        return "what it had answered and not flushed is lost; how much is not known"
+    requests, size = account
+    if requests == unflushed.NO_LOG:
+        return "the backend cannot flush: what the guest wrote last may be lost"
+    if not requests:
+        return "nothing is lost: all that it had answered was flushed"
+    return (
+        f"up to {format_size(size)} in {requests} requests"
+        " that it had answered and not flushed may be lost"
+    )
 
 
 class Processes:

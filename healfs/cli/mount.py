@@ -20,7 +20,7 @@ import click
 from rich.console import Console
 
 from healfs.cli import config_file, exit_status
-from healfs.cli.daemons import detach, is_mounted
+from healfs.cli.daemons import clear, detach, is_mounted
 from healfs.cli.log_options import checked, log_options
 from healfs.cli.output import CliError, bad_input, error_line
 from healfs.cli.policy_options import DURATION, SIZE, changes, policy_options
@@ -181,6 +181,9 @@ def _check_host(config: MountConfig) -> None:
 
 def _check_mountpoint(mountpoint: str) -> None:
     # mountinfo first: a mount that hangs must not be asked anything.
+    for left in mounts.list_mounts():
+        if left.mountpoint == mountpoint and left.is_dead():
+            error_line(f"{mountpoint}: the last daemon was killed; {clear(left)}")
     if is_mounted(mountpoint):
         bad_input(f"{mountpoint}: something is mounted there already")
     try:
@@ -328,6 +331,6 @@ def _end(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
         detach(config.mountpoint)
         for left in mounts.list_mounts():
             if left.mountpoint == config.mountpoint:
-                mounts.clear_dead(left)
+                mounts.clear_dead(left.directory)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

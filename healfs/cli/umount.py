@@ -9,16 +9,16 @@ from typing import Any
 
 import click
 
-from healfs.cli.daemons import Processes, connected, detach, find
+from healfs.cli.daemons import Processes, clear, connected, find
 from healfs.cli.output import CliError, error_line
-from healfs.config import format_size
-from healfs.control import mounts
+from healfs.config import format_size, spans
 from healfs.control.client import CommandFailed, ControlError, connect
 from healfs.control.mounts import Mount
 
 _COMMAND_SECONDS = 8.0  # the daemon itself stops trying after 5
 _FORCE_SECONDS = 4.0
 _END_SECONDS = 10.0
+_SHOWN = 8  # ranges; the log has all
 
 
 @click.command()
@@ -31,16 +31,15 @@ def umount(mountpoint: str, force: bool) -> None:
     """
     mount = find(mountpoint)
     if mount.is_dead():
-        detach(mount.mountpoint)
-        mounts.clear_dead(mount)
-        error_line(f"{mount.mountpoint}: the daemon was gone already; cleared what it left")
+        lost = clear(mount)
+        error_line(f"{mount.mountpoint}: the daemon was gone already; cleared what it left; {lost}")
         return
     if force:
         _force(mount)
         return
     with (
         connected(mount, _COMMAND_SECONDS) as client,
-        Processes({mount.keeper, mount.worker}) as processes,
+        Processes(mount.pids()) as processes,
     ):
         client.execute("healfs-umount", {"force": False})
         if not processes.wait(_END_SECONDS):
@@ -51,7 +50,7 @@ def _force(mount: Mount) -> None:
     try:
         with (
             connect(mount.control, _FORCE_SECONDS) as client,
-            Processes({mount.keeper, mount.worker}) as processes,
+            Processes(mount.pids()) as processes,
         ):
             _tell(mount, client.execute("healfs-umount", {"force": True}))
             if processes.wait(client.left):
@@ -60,8 +59,7 @@ def _force(mount: Mount) -> None:
         raise CliError(f"{mount.mountpoint}: {exc}") from None
     except ControlError as exc:
         if mount.is_dead():
-            detach(mount.mountpoint)
-            mounts.clear_dead(mount)
+            error_line(f"{mount.mountpoint}: the daemon was gone already; {clear(mount)}")
             return
         error_line(f"{mount.mountpoint}: {exc}")
     _kill(mount)
@@ -69,17 +67,16 @@ def _force(mount: Mount) -> None:
 
 def _kill(mount: Mount) -> None:
     """The daemon hangs: end it by force. Its requests are answered by the kernel, with EIO."""
-    # The record is the keeper's own, and somebody listens on its socket: it lives.
-    with Processes({mount.keeper, mount.worker}) as processes:
-        for pid in {mount.keeper, mount.worker} - {0}:
+    pids = mount.pids()
+    with Processes(pids) as processes:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         gone = processes.wait(_FORCE_SECONDS)
-    detach(mount.mountpoint)
-    mounts.clear_dead(mount)
+    lost = clear(mount)
     if not gone:
         raise CliError(f"{mount.mountpoint}: unmounted, but the daemon does not end")
-    error_line(f"{mount.mountpoint}: the daemon did not end by itself and was killed")
+    error_line(f"{mount.mountpoint}: the daemon did not end by itself and was killed; {lost}")
 
 
 def _tell(mount: Mount, answer: Any) -> None:
@@ -92,6 +89,11 @@ def _tell(mount: Mount, answer: Any) -> None:
     ]
     if unflushed:
         count, size = unflushed.get("requests", 0), format_size(unflushed.get("bytes", 0))
-        error_line(f"{mount.mountpoint}: given up, answered but not flushed: {count} ({size})")
+        where = ", ".join(spans(unflushed.get("ranges") or [])[:_SHOWN])
+        more = f" and others, see {mount.log}" if len(unflushed["ranges"]) > _SHOWN else ""
+        error_line(
+            f"{mount.mountpoint}: given up, answered but not flushed: {count} ({size}),"
+            f" bytes {where}{more}"
+        )
     if parts:
         error_line(f"{mount.mountpoint}: given up, answered with an error: {', '.join(parts)}")

@@ -19,6 +19,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from healfs.control import unflushed
+
 MAXIMUM_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
 _MAXIMUM_RECORD = 65536
 
@@ -105,6 +107,13 @@ class Mount:
     def control(self) -> str:
         return os.path.join(self.directory, "control")
 
+    def pids(self) -> set[int]:
+        """Of the processes that live. A keeper's that is gone may be another process's by now."""
+        if (claimed := claim_dead(self.directory)) is None:
+            return {self.keeper, self.worker} - {0}
+        os.close(claimed.fd)
+        return {self.worker} - {0}
+
     def is_dead(self) -> bool:
         """Nobody listens: the daemon is gone. A daemon that hangs is not dead."""
         with socket.socket(socket.AF_UNIX) as probe:
@@ -150,7 +159,7 @@ class Claim:
         """Remove the directory and let go of the lock. Idempotent."""
         if self.fd < 0:
             return
-        for name in ("mount.json", "mount.json.new", "control"):
+        for name in ("mount.json", "mount.json.new", "control", unflushed.NAME):
             (self.directory / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.directory.rmdir()
@@ -245,15 +254,21 @@ def find(path: str | os.PathLike[str]) -> Mount:
     return found
 
 
-def clear_dead(mount: Mount) -> None:
-    """Remove the run-time files of a daemon that is gone."""
+def claim_dead(directory: str) -> Claim | None:
+    """What a keeper that is gone has held; None: it lives, or nothing is left."""
     try:
-        claimed = Claim(Path(mount.directory), os.open(mount.directory, os.O_RDONLY))
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        return
+        return None
     try:
-        fcntl.flock(claimed.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(claimed.fd)
-        return
-    claimed.release()
+        os.close(fd)
+        return None
+    return Claim(Path(directory), fd)
+
+
+def clear_dead(directory: str) -> None:
+    """Remove the run-time files of a keeper that is gone."""
+    if claimed := claim_dead(directory):
+        claimed.release()

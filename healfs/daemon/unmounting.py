@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import trio
 
+from healfs.config import spans
 from healfs.core.request import Kind, Request
 from healfs.core.states import State
 from healfs.daemon import commands
@@ -20,7 +22,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("healfs.worker")
 
 UNMOUNT_SECONDS = 5.0
+RANGES_A_LINE = 100
 FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
+
+
+def _joined(pieces: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """[offset, length] of (start, end), without overlap, in order."""
+    joined: list[list[int]] = []
+    for start, end in sorted(pieces):
+        if joined and start <= sum(joined[-1]):
+            joined[-1][1] = max(sum(joined[-1]), end) - joined[-1][0]
+        else:
+            joined.append([start, end - start])
+    return joined
 
 
 class Unmounting:
@@ -37,7 +51,7 @@ class Unmounting:
         async with self._lock:
             if not self.ended.is_set():
                 if not await self.flush(UNMOUNT_SECONDS):
-                    log.error("unmounted from outside; lost: %s", json.dumps(self.unflushed()))
+                    self._log_loss("unmounted from outside; lost", self.unflushed())
                 self.ended.set()
 
     async def on_request_of_the_keeper(self) -> None:
@@ -74,7 +88,7 @@ class Unmounting:
                 given_up = self.unflushed() if not flushed else {}
                 given_up |= self._worker.engine.fail_all()
                 if given_up:
-                    log.error("given up: %s", json.dumps(given_up))
+                    self._log_loss("given up", given_up)
             self._worker.commit()
             try:
                 await self._unmount(lazy=False)
@@ -113,13 +127,32 @@ class Unmounting:
             " try again when that is over, or give them up with --force"
         )
 
-    def unflushed(self) -> dict[str, dict[str, int]]:
-        """Answered writes that may be on no stable storage."""
+    def unflushed(self) -> dict[str, dict[str, Any]]:
+        """Answered writes that may be on no stable storage. Their ranges are [offset, length]."""
         entries = self._worker.engine.log.unflushed()
         if not entries:
             return {}
         length = sum(entry.length for entry in entries)
-        return {"unflushed": {"requests": len(entries), "bytes": length}}
+        return {
+            "unflushed": {
+                "requests": len(entries),
+                "bytes": length,
+                "ranges": _joined((entry.offset, entry.offset + entry.length) for entry in entries),
+            }
+        }
+
+    @staticmethod
+    def _log_loss(what: str, given_up: dict[str, dict[str, Any]]) -> None:
+        """The numbers in one line, then every byte of what was answered."""
+        numbers = {
+            kind: {key: value for key, value in given.items() if key != "ranges"}
+            for kind, given in given_up.items()
+        }
+        log.error("%s: %s", what, json.dumps(numbers))
+        ranges = spans(given_up.get("unflushed", {}).get("ranges", ()))
+        for first in range(0, len(ranges), RANGES_A_LINE):
+            shown = ", ".join(ranges[first : first + RANGES_A_LINE])
+            log.error("answered and not flushed: bytes %s", shown)
 
     async def flush(self, seconds: float) -> bool:
         """Everything answered is on stable storage; False when that took too long."""

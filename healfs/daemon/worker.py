@@ -20,7 +20,6 @@ import signal
 import socket
 import sys
 import time
-from logging.handlers import RotatingFileHandler
 
 import pyfuse3
 import trio
@@ -28,13 +27,14 @@ import trio
 from healfs import __version__
 from healfs.backends.base import Backend, Geometry, SourceError
 from healfs.config import MountConfig
+from healfs.control import mounts, unflushed
 from healfs.control.server import ControlServer
 from healfs.core.engine import Engine
 from healfs.core.request import Request
 from healfs.core.ring import PAGE
 from healfs.core.states import State
 from healfs.core.writelog import WriteLog, memory_size
-from healfs.daemon import commands, fencing, sources
+from healfs.daemon import commands, fencing, log_file, sources
 from healfs.daemon.parent import Parent, ParentError
 from healfs.daemon.report import INTERRUPTED, Report
 from healfs.daemon.unmounting import UNMOUNT_SECONDS, Unmounting
@@ -45,7 +45,6 @@ from healfs.fuse.namespace import Namespace
 
 log = logging.getLogger("healfs.worker")
 
-LOG_BYTES = 1 << 20  # then the log file is rotated; one old one is kept
 SEEK_SECONDS = 1.0  # an answer to SEEK_DATA is not worth waiting for: "all is data" is legal
 LOOK_SECONDS = 1.0  # between two looks at who waits
 
@@ -81,6 +80,7 @@ class Worker:
         self._alarm: trio.CancelScope | None = None
         self._alarm_at = math.inf
         self._somebody_waits = trio.Event()
+        self._account = unflushed.Account(parent.greeting["directory"])
         self._early_end = 1  # the exit status when it did not come to a mount
         self._alive = False  # something was answered, and the keeper told
         self.unmounting = Unmounting(self)
@@ -138,6 +138,8 @@ class Worker:
             nursery.cancel_scope.cancel()
         with trio.move_on_after(UNMOUNT_SECONDS):
             await self.backend.aclose()
+        if self.parent.gone.is_set():
+            mounts.clear_dead(self.parent.greeting["directory"])
         return self._early_end if status is None else status
 
     async def _terminate_early(self, scope: trio.CancelScope) -> None:
@@ -148,10 +150,19 @@ class Worker:
             self._early_end = INTERRUPTED
             scope.cancel()
 
+    def _count_unflushed(self) -> None:
+        log, geometry = self.engine.log, self.geometry
+        known = log.keep or geometry is None or geometry.can_flush
+        # Of those held, each may be answered before this is called again.
+        requests = len(log) + len(self.channel.held) if known else unflushed.NO_LOG
+        self._account.set(requests, log.ring.used + log.ring.overflow)
+
     async def _beat(self) -> None:
         """Show the keeper that this loop, which drives the engine, goes round."""
         while True:
             try:
+                if hasattr(self, "channel"):
+                    self._count_unflushed()
                 text = commands.summary(self)
             except Exception as exc:
                 text = f"internal error: {exc!r}"
@@ -297,6 +308,7 @@ class Worker:
 
     def commit(self) -> None:
         """End of a batch of requests."""
+        self._count_unflushed()
         self.backend.commit()
         if not self._alive and any(self.engine.totals.requests):
             self._alive = True
@@ -450,18 +462,6 @@ def _write_log(config: MountConfig, fd: int) -> WriteLog:
     return WriteLog(memory, config.log_entries, wire.MAX_WRITE + PAGE)
 
 
-def _set_up_log(where: str) -> None:
-    handler: logging.Handler
-    if where in ("stderr", "journal"):
-        handler = logging.StreamHandler()
-    else:
-        handler = RotatingFileHandler(where, maxBytes=LOG_BYTES, backupCount=1, delay=True)
-    # The journal has its own clock.
-    stamp = "" if where == "journal" else "%(asctime)s "
-    handler.setFormatter(logging.Formatter(stamp + "%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
 def main() -> int:
     fds = json.loads(sys.argv[1])
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
@@ -479,7 +479,7 @@ def main() -> int:
 
 async def _main(fds: dict[str, int]) -> int:
     parent = Parent(fds["keeper"])
-    _set_up_log(str(parent.greeting["log"]))
+    log_file.set_up(str(parent.greeting["log"]))
     config = MountConfig.from_json(parent.greeting["config"])
     with contextlib.ExitStack() as held:
         try:

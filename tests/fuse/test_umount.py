@@ -167,14 +167,73 @@ def test_a_signal_to_the_keeper_ends_it_orderly(commands: Commands, image: Path,
     assert "Traceback" not in commands.log()
 
 
-def test_sigterm_in_an_outage_is_bounded_and_logs_what_it_gave_up(
-    away: tuple[Commands, NbdServer, Agent],
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_in_an_outage_ends_it_and_logs_what_it_gave_up(
+    away: tuple[Commands, NbdServer, Agent], name: str
 ) -> None:
-    commands, _, writer = away
-    os.kill(_pids(commands)["keeper"], signal.SIGTERM)
+    commands, server, writer = away
+    os.kill(_pids(commands)["keeper"], signal.Signals[name])
     assert writer.answer().errno == errno.EIO
     commands.nothing_left(GENEROUS)
     assert "given up" in commands.log() and "Traceback" not in commands.log()
+    # The lock of the export, too: another mount may have it now.
+    server.start()
+    _mounted(commands, server.uri())
+
+
+# --- the keeper alone is killed -----------------------------------------------------------------
+
+
+@pytest.fixture
+def orphan(commands: Commands, server: NbdServer) -> Iterator[tuple[Commands, NbdServer, int]]:
+    """A worker without a keeper, with an answered write that is not flushed; and its pid."""
+    _mounted(commands, server.uri())
+    pids = _pids(commands)
+    os.kill(pids["keeper"], signal.SIGKILL)
+    wait_until(lambda: _pids(commands)["keeper"] == 0, "the worker to see it")
+    assert "the keeper is gone" in " ".join(_status(commands)["notes"])  # type: ignore[call-overload]
+    writer = Agent(commands.file)
+    try:
+        assert writer.ok("pwrite", 0, BLOCK) == 4096  # it goes on
+    finally:
+        writer.kill()
+        writer.ended()
+    yield commands, server, pids["worker"]
+
+
+def test_umount_without_a_keeper(orphan: tuple[Commands, NbdServer, int], image: Path) -> None:
+    commands, _, _ = orphan
+    done = commands.run("umount", commands.mountpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+    commands.nothing_left()
+    assert image.read_bytes()[:4096] == BLOCK
+
+
+def test_umount_8_without_a_keeper(orphan: tuple[Commands, NbdServer, int]) -> None:
+    commands, _, _ = orphan
+    subprocess.run(["umount", commands.mountpoint], check=True, timeout=GENEROUS)
+    commands.nothing_left(GENEROUS)
+
+
+def test_without_a_keeper_the_signal_is_the_workers(
+    orphan: tuple[Commands, NbdServer, int],
+) -> None:
+    """So systemd ends it in order, by the unit's KillMode=control-group."""
+    commands, server, worker = orphan
+    server.kill()
+    wait_until(lambda: _status(commands)["state"] == "stalled", "the outage")
+    os.kill(worker, signal.SIGTERM)
+    commands.nothing_left(GENEROUS)
+    assert "answered and not flushed: bytes 0-4095\n" in commands.log()
+
+
+def test_the_signal_that_goes_to_both_ends_it_once(commands: Commands, image: Path) -> None:
+    _mounted(commands, image)
+    pids = _pids(commands)
+    os.kill(pids["worker"], signal.SIGTERM)
+    os.kill(pids["keeper"], signal.SIGTERM)
+    commands.nothing_left(GENEROUS)
+    assert commands.log().count("asked to end") == 1 and "given up" not in commands.log()
 
 
 def test_umount_8_from_outside_ends_the_daemon(commands: Commands, image: Path) -> None:
@@ -190,7 +249,9 @@ def test_umount_clears_what_a_killed_daemon_left(commands: Commands, image: Path
     os.kill(pids["worker"], signal.SIGKILL)
     wait_until(lambda: not commands.processes(), "the end of both")
     done = commands.run("umount", commands.mountpoint)
-    assert done.returncode == 0 and "gone already" in done.stderr
+    assert done.returncode == 0
+    said = f"{commands.mountpoint}: the daemon was gone already; cleared what it left; nothing is"
+    assert said in done.stderr
     commands.nothing_left()
 
 

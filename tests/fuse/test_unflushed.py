@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from healfs.control import unflushed as account
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent
@@ -100,6 +101,7 @@ def _status(commands: Commands) -> Status:
 
 
 GIVEN_UP = {"unflushed": {"requests": 2, "bytes": 8192}}
+BYTES = "answered and not flushed: bytes 0-4095, 8192-12287\n"
 
 
 def _logged(commands: Commands, before: str) -> list[object]:
@@ -114,23 +116,59 @@ def test_umount_names_them_and_force_says_that_they_were_given_up(unflushed: Com
     assert "2 answered writes are not flushed" in done.stderr and "--force" in done.stderr
     done = unflushed.run("umount", unflushed.mountpoint, "--force")
     assert done.returncode == 0
-    assert "given up, answered but not flushed: 2 (8 KiB)" in done.stderr
+    said = "given up, answered but not flushed: 2 (8 KiB), bytes 0-4095, 8192-12287\n"
+    assert done.stderr.endswith(said)
     unflushed.nothing_left(GENEROUS)
     (given_up,) = _logged(unflushed, "given up: ")
     assert isinstance(given_up, dict) and given_up.items() >= GIVEN_UP.items()
+    assert BYTES in unflushed.log()
 
 
-def test_sigterm_logs_them(unflushed: Commands) -> None:
-    os.kill(_status(unflushed)["pids"]["keeper"], signal.SIGTERM)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_logs_them(unflushed: Commands, name: str) -> None:
+    os.kill(_status(unflushed)["pids"]["keeper"], signal.Signals[name])
     unflushed.nothing_left(GENEROUS)
     (given_up,) = _logged(unflushed, "given up: ")
     assert isinstance(given_up, dict) and given_up.items() >= GIVEN_UP.items()
+    assert BYTES in unflushed.log()
 
 
 def test_umount_8_from_outside_logs_them(unflushed: Commands) -> None:
     subprocess.run(["umount", unflushed.mountpoint], check=True, timeout=GENEROUS)
     unflushed.nothing_left(GENEROUS)
     assert _logged(unflushed, "lost: ") == [GIVEN_UP]
+    assert BYTES in unflushed.log()
+
+
+def _kill_both(commands: Commands) -> None:
+    pids = _status(commands)["pids"]
+    os.kill(pids["keeper"], signal.SIGKILL)
+    os.kill(pids["worker"], signal.SIGKILL)
+    wait_until(lambda: not commands.processes(), "the end of both")
+
+
+LOST = "up to 8 KiB in 2 requests that it had answered and not flushed may be lost"
+
+
+def test_umount_says_what_went_with_a_killed_daemon(unflushed: Commands) -> None:
+    _kill_both(unflushed)
+    done = unflushed.run("umount", unflushed.mountpoint)
+    assert done.returncode == 0 and done.stderr.endswith(f"cleared what it left; {LOST}\n")
+    unflushed.nothing_left()
+
+
+def test_mount_clears_what_a_killed_daemon_left_and_says_so(
+    unflushed: Commands, memory: NbdServer
+) -> None:
+    _kill_both(unflushed)
+    assert unflushed.is_mounted
+    memory.start()
+    done = unflushed.mount(memory.uri())
+    assert done.returncode == 0 and done.stdout == f"{unflushed.file}\n"
+    assert done.stderr.splitlines()[0].endswith(LOST)
+    assert _status(unflushed)["state"] == "ready"
+    assert unflushed.run("umount", unflushed.mountpoint).returncode == 0
+    unflushed.nothing_left()
 
 
 def test_nothing_is_given_up_when_all_was_flushed(commands: Commands, memory: NbdServer) -> None:
@@ -148,3 +186,26 @@ def test_nothing_is_given_up_when_all_was_flushed(commands: Commands, memory: Nb
     assert (done.returncode, done.stderr) == (0, "")
     commands.nothing_left(GENEROUS)
     assert not _logged(commands, "given up: ")
+
+
+def test_nothing_is_lost_with_a_killed_daemon_when_all_was_flushed(
+    commands: Commands, memory: NbdServer
+) -> None:
+    assert commands.mount(memory.uri()).returncode == 0
+    writer = Agent(commands.file)
+    try:
+        assert writer.ok("pwrite", 0, BLOCK) == 4096
+        assert not writer.do("fsync").errno
+        # What was flushed is taken off the account with the worker's next beat.
+        wait_until(lambda: _account(commands) == (0, 0), "the account")
+        _kill_both(commands)
+        done = commands.run("umount", commands.mountpoint)
+        assert "nothing is lost: all that it had answered was flushed" in done.stderr
+    finally:
+        writer.kill()
+        writer.ended()
+    commands.nothing_left()
+
+
+def _account(commands: Commands) -> tuple[int, int] | None:
+    return account.read(os.path.dirname(_status(commands)["control"]))
