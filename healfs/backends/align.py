@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable
 from dataclasses import replace
 
-from healfs.backends.base import Backend, Extent, Geometry
+from healfs.backends.base import Backend, Extent, Geometry, Polled
 from healfs.core.request import Done, Kind, Request
 
 Data = memoryview | bytes | bytearray | None
@@ -72,6 +72,10 @@ class AlignedBackend(Backend):
         answers, self._answers = self._answers, []
         for request, done in answers:
             done(request, 0, None)
+
+    @property
+    def polled(self) -> Polled | None:
+        return self._inner.polled
 
     def close(self) -> None:
         self._answers.clear()

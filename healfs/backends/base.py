@@ -8,17 +8,19 @@ A backend lives through many connections. The worker drives it so:
     backend.close()                         # at any time; idempotent
 
 `submit` and `commit` are plain calls on the event loop's thread and never block, whatever the
-storage does. `done(request, errno, data)` is called on the same thread, from inside `serve`
-or `commit`, once for each submitted request while the connection lives. After `serve` has
-returned or `close` was called, no `done` comes any more for what was submitted before: the
-engine has these requests parked and will send them again. What still goes on in the kernel then
-must have ended before the next `connect` returns: payloads stay where they are until then.
+storage does. `done(request, errno, data)` is called on the same thread, from inside `serve`,
+`commit` or `polled.poll`, once for each submitted request while the connection lives. After
+`serve` has returned or `close` was called, no `done` comes any more for what was submitted
+before: the engine has these requests parked and will send them again. What still goes on in the
+kernel then must have ended before the next `connect` returns: payloads stay where they are until
+then.
 """
 
 from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from healfs.core.request import Done, Request
 
@@ -64,6 +66,17 @@ class SourceError(OSError):
         return self.message
 
 
+class Polled(Protocol):
+    """A connection that completions can be had from without going by the event loop."""
+
+    ready_fd: int  # readable when `poll` has something to do
+    blocked: bool  # `poll` has something to do when it is writable, too
+
+    def poll(self) -> None:
+        """Deliver the completions that are there, and send on. Plain call, never blocks; what
+        it meets that ends the connection is for `serve` to return."""
+
+
 class Backend(abc.ABC):
     """See the module's text for the life of a backend."""
 
@@ -104,6 +117,11 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Give up the connection. Never blocks."""
+
+    @property
+    def polled(self) -> Polled | None:
+        """The connection, while there is one; None: `serve` alone delivers completions."""
+        return None
 
     def taken(self, request: Request) -> bool:
         """After close, until the next connect: may an unanswered request still be carried out?"""

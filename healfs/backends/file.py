@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import trio
 
 from healfs.backends import opening, probing
-from healfs.backends.base import Backend, Extent, Geometry, SourceError
+from healfs.backends.base import Backend, Extent, Geometry, Polled, SourceError
 from healfs.backends.buffers import Buffer, Pool, address_of
 from healfs.backends.threads import ThreadPool
 from healfs.backends.uring import (
@@ -81,6 +81,8 @@ class _Transfer(Operation):
 class _Session:
     """One open file description and what was submitted on it."""
 
+    blocked = False
+
     def __init__(self, opened: opening.Opened, make: Callable[[_Session], Queue]) -> None:
         self.fd = opened.fd
         self._alignment = opened.geometry.minimum_block if opened.direct else 1
@@ -94,6 +96,7 @@ class _Session:
         self._scope: trio.CancelScope | None = None
         self._served = trio.Event()
         self.queue = make(self)
+        self.ready_fd = self.queue.fd
 
     def submit(self, request: Request, done: Done) -> None:
         if not self._alive:
@@ -222,6 +225,8 @@ class _Session:
             self._start()  # what is left to reap keeps the descriptor readable
         finally:
             self._busy = False
+
+    poll = commit
 
     def _start(self) -> None:
         if self._alive and self.queue.unsubmitted():
@@ -382,6 +387,11 @@ class FileBackend(Backend):
     def commit(self) -> None:
         if self._session is not None:
             self._session.commit()
+
+    @property
+    def polled(self) -> Polled | None:
+        session = self._session
+        return session if session is not None and session.ready_fd >= 0 else None
 
     def close(self) -> None:
         if self._session is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno as e
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,8 +15,9 @@ import trio
 from healfs.backends import nbd_protocol as proto
 from healfs.backends import nbd_transmission as wire
 from healfs.backends import nbd_uri
-from healfs.backends.base import Backend, Extent, Geometry, SourceError
-from healfs.backends.nbd_connect import Socket, open_export
+from healfs.backends.base import Backend, Extent, Geometry, Polled, SourceError
+from healfs.backends.nbd_connect import open_export
+from healfs.backends.nbd_link import Link
 from healfs.backends.nbd_tls import TlsSocket
 from healfs.backends.nbd_watch import path_changed
 from healfs.core.request import Done, Kind, Request
@@ -34,7 +34,6 @@ EXTENT_ROUNDS = 64
 RECEIVE = 256 << 10
 BUFFER = PIECE_MAX + 4 * RECEIVE
 MAXIMUM_PAYLOAD = 32 << 20  # where the server names no limit
-IOV_MAX = 1024
 RECEIVES_MAX = 16  # per wake-up, so that other tasks run
 
 # An enum's member is looked up through its metaclass, and these are wanted for each request.
@@ -47,75 +46,6 @@ _COMMANDS = {
     Kind.DISCARD: wire.CMD_TRIM,
     Kind.WRITE_ZEROES: wire.CMD_WRITE_ZEROES,
 }
-
-
-class Link:
-    """One connection in the transmission phase."""
-
-    __slots__ = (
-        *("blocked", "broken", "export", "protocol", "readable", "sock", "tls", "view"),
-        "writable_wanted",
-    )
-
-    def __init__(self, sock: Socket, export: proto.Export, view: memoryview) -> None:
-        self.sock = sock
-        self.tls = sock if isinstance(sock, TlsSocket) else None
-        self.readable = (
-            partial(trio.lowlevel.wait_readable, sock) if self.tls is None else self.tls.readable
-        )
-        self.export = export
-        self.protocol = wire.Transmission(export.structured, export.context)
-        self.view = view
-        self.broken: OSError | None = None
-        self.blocked = False  # the socket is full; `writable_wanted` is set
-        self.writable_wanted = trio.Event()
-
-    def send(self) -> None:
-        """Send what is queued, as far as the socket takes it."""
-        protocol = self.protocol
-        out = protocol.out
-        while out and self.broken is None:
-            try:
-                count = self.sock.sendmsg(out if len(out) <= IOV_MAX else out[:IOV_MAX])
-            except BlockingIOError:
-                self.blocked = True
-                self.writable_wanted.set()
-                return
-            except InterruptedError:
-                continue
-            except OSError as error:
-                # Replies that came before the end are still to be read: serve() finds the end
-                # after them, and sees this error, which recv would no longer tell.
-                self.broken = error
-                try:
-                    self.sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
-                return
-            protocol.taken(count)
-
-    @property
-    def sent(self) -> int:
-        """Bytes of the commands that the socket took, or may have taken."""
-        return self.protocol.sent + (self.tls.handed if self.tls is not None else 0)
-
-    def close(self) -> None:
-        protocol = self.protocol
-        protocol.closed = True
-        try:
-            trio.lowlevel.notify_closing(self.sock)
-        except RuntimeError:
-            pass  # no event loop: nobody waits
-        try:
-            if not protocol.pending and self.broken is None:
-                self.sock.send(wire.disconnect())
-            elif self.sock.family != socket.AF_UNIX:
-                # Unacknowledged writes must die with the connection: else the kernel would go on
-                # to send them, and they could land after newer ones.
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        except OSError:
-            pass
-        self.sock.close()
 
 
 class Pieces:
@@ -229,7 +159,8 @@ class NbdBackend(Backend):
         except BaseException:
             sock.close()
             raise
-        self._link = Link(sock, export, self._view)
+        self._link = link = Link(sock, export, self._view)
+        link.poll = partial(self._receive_batch, link)
         return geometry
 
     def _geometry(self, export: proto.Export) -> Geometry:
@@ -347,6 +278,10 @@ class NbdBackend(Backend):
 
     # --- serving ---
 
+    @property
+    def polled(self) -> Polled | None:
+        return self._link
+
     async def serve(self) -> OSError:
         link = self._link
         if link is None:
@@ -374,36 +309,48 @@ class NbdBackend(Backend):
             link.send()
 
     async def _receive(self, link: Link) -> OSError:
-        pos = end = 0
-        view, sock, protocol = link.view, link.sock, link.protocol
-        while not protocol.closed:
+        while link.ended is None and not link.protocol.closed:
             try:
                 await link.readable()
             except trio.ClosedResourceError:
                 break
-            for _ in range(RECEIVES_MAX):
-                try:
-                    count = sock.recv_into(view[end : end + (protocol.missing or RECEIVE)])
-                except (BlockingIOError, InterruptedError):
-                    break
-                except OSError as error:
-                    return link.broken or error
-                if not count:
-                    return link.broken or OSError(e.ECONNRESET, "the server closed the connection")
-                try:
-                    pos = protocol.receive(view, pos, end + count)
-                except proto.ProtocolError as error:
-                    return error
-                end += count
-                self.commit()
-                if protocol.closed:
-                    break
-                if pos == end:
-                    pos = end = 0
-                elif len(view) - pos < PIECE_MAX + 64:
-                    view[: end - pos] = view[pos:end]
-                    pos, end = 0, end - pos
-        return OSError(e.ECONNABORTED, "the connection was given up")
+            self._receive_batch(link)
+        return link.ended or OSError(e.ECONNABORTED, "the connection was given up")
+
+    def _receive_batch(self, link: Link) -> None:
+        if link.blocked:
+            link.blocked = False
+            link.send()
+        for _ in range(RECEIVES_MAX):
+            if link.ended is not None or not self._receive_once(link):
+                break
+
+    def _receive_once(self, link: Link) -> bool:
+        """Whether there may be more."""
+        protocol, view, end = link.protocol, link.view, link.end
+        wanted = protocol.missing or RECEIVE
+        try:
+            count = link.sock.recv_into(view[end : end + wanted])
+            if not count:
+                raise OSError(e.ECONNRESET, "the server closed the connection")
+            end += count
+            link.pos = protocol.receive(view, link.pos, end)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            link.ended = link.broken or error
+            trio.lowlevel.notify_closing(link.sock)  # `serve` waits for more of it
+            return False
+        self.commit()
+        if protocol.closed:
+            return False
+        if link.pos == end:
+            link.pos = end = 0
+        elif len(view) - link.pos < PIECE_MAX + 64:
+            view[: end - link.pos] = view[link.pos : end]
+            link.pos, end = 0, end - link.pos
+        link.end = end
+        return count == wanted or link.tls is not None  # whose bytes epoll does not see
 
     def close(self) -> None:
         link = self._link

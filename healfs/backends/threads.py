@@ -52,6 +52,8 @@ def perform(o: Operation) -> int:
 class ThreadPool:
     """A Queue (see uring.py) of at most `threads` daemon threads, started as they are needed."""
 
+    fd = -1
+
     def __init__(self, complete: Complete, *, threads: int = THREADS) -> None:
         self._complete = complete
         self._limit = threads

@@ -116,6 +116,8 @@ Complete = Callable[[Any, int], None]
 class Queue(Protocol):
     """What Ring and ThreadPool have in common. All calls on the loop's thread, none blocks."""
 
+    fd: int  # readable when there may be something to reap; -1: only `wait` can tell
+
     def push(self, operation: Operation) -> None:
         """Queue an operation for the next submit; any number."""
 
@@ -183,12 +185,12 @@ class Ring:
     def __init__(self, entries: int, complete: Complete, *, patience: int = PATIENCE) -> None:
         self._complete = complete
         self._patience = patience
-        self._fd, params = _set_up(entries)
+        self.fd, params = _set_up(entries)
         try:
             self._check(params.raw)
             self._map(params.raw)
         except BaseException:
-            os.close(self._fd)
+            os.close(self.fd)
             raise
         self._pending: dict[int, Operation] = {}
         self._waiting: deque[Operation] = deque()
@@ -203,7 +205,7 @@ class Ring:
         if features & wanted != wanted:
             raise OSError(errno.ENOSYS, "this kernel's io_uring is too old")
         probe = ctypes.create_string_buffer(PROBE_HEADER + PROBE_OPS * PROBE_OP.size)
-        _call(SYS_IO_URING_REGISTER, self._fd, IORING_REGISTER_PROBE, probe, PROBE_OPS)
+        _call(SYS_IO_URING_REGISTER, self.fd, IORING_REGISTER_PROBE, probe, PROBE_OPS)
         for opcode in NEEDED:
             flags = PROBE_OP.unpack_from(probe, PROBE_HEADER + opcode * PROBE_OP.size)[2]
             if not flags & IO_URING_OP_SUPPORTED:
@@ -215,8 +217,8 @@ class Ring:
         cq = CQ_OFFSETS.unpack_from(params, PARAMS_CQ_OFF)
         sq_array, cqes = sq[6], cq[5]
         length = max(sq_array + 4 * self._entries, cqes + CQE.size * cq_entries)
-        self._rings = mmap.mmap(self._fd, length, offset=IORING_OFF_SQ_RING)
-        self._sqes = mmap.mmap(self._fd, SQE.size * self._entries, offset=IORING_OFF_SQES)
+        self._rings = mmap.mmap(self.fd, length, offset=IORING_OFF_SQ_RING)
+        self._sqes = mmap.mmap(self.fd, SQE.size * self._entries, offset=IORING_OFF_SQES)
         self._u32 = memoryview(self._rings)[: length // 4 * 4].cast("I")
         self._sq_tail, self._cq_head, self._cq_tail = sq[1] // 4, cq[0] // 4, cq[1] // 4
         self._sq_mask, self._cq_mask, self._cqes = self._entries - 1, cq_entries - 1, cqes
@@ -225,7 +227,7 @@ class Ring:
         # The default is four bounded workers a CPU: a few slow operations would hold up the rest.
         workers = (ctypes.c_uint32 * 2)(self._entries, 0)
         _syscall(
-            SYS_IO_URING_REGISTER, self._fd, IORING_REGISTER_IOWQ_MAX_WORKERS, workers, 2
+            SYS_IO_URING_REGISTER, self.fd, IORING_REGISTER_IOWQ_MAX_WORKERS, workers, 2
         )  # an optimisation: an old kernel goes without
 
     def push(self, operation: Operation) -> None:
@@ -271,7 +273,7 @@ class Ring:
         while todo:
             # Fewer than asked for: an entry was refused, and its completion says why.
             try:
-                taken = _call(SYS_IO_URING_ENTER, self._fd, todo, 0, 0, None, 0)
+                taken = _call(SYS_IO_URING_ENTER, self.fd, todo, 0, 0, None, 0)
             except InterruptedError:
                 continue
             if not taken:
@@ -327,12 +329,12 @@ class Ring:
         self.submit()
 
     async def wait(self) -> None:
-        await trio.lowlevel.wait_readable(self._fd)
+        await trio.lowlevel.wait_readable(self.fd)
 
     def close(self) -> None:
-        if self._fd >= 0:
+        if self.fd >= 0:
             self._u32.release()
             self._rings.close()
             self._sqes.close()
-            os.close(self._fd)
-            self._fd = -1
+            os.close(self.fd)
+            self.fd = -1

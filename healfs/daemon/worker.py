@@ -37,6 +37,7 @@ from healfs.core.writelog import WriteLog, memory_size
 from healfs.daemon import commands, fencing, log_file, sources
 from healfs.daemon.parent import Parent, ParentError
 from healfs.daemon.report import INTERRUPTED, Report
+from healfs.daemon.turns import Turns
 from healfs.daemon.unmounting import UNMOUNT_SECONDS, Unmounting
 from healfs.fuse import wire
 from healfs.fuse.callers import Callers
@@ -215,6 +216,7 @@ class Worker:
             self.engine.log.ring,
             read_only=read_only,
         )
+        self.channel.turn = Turns(self.channel, self.backend, self.commit).run
         self.channel.on_init = self._save_init
         self.channel.on_interrupt = self._interrupted
         self.channel.on_held = self._held

@@ -49,8 +49,9 @@ Seek = Callable[[int, int], Awaitable[int | None]]
 class Channel:
     """`fuse` is the mounted descriptor, `theirs` the descriptor for pyfuse3.
 
-    `commit` is called after each batch of requests; `seek` answers SEEK_DATA and SEEK_HOLE;
-    `on_interrupt(request, pid)` is asked to look after a request whose caller got a signal.
+    `commit` is called after each batch of requests; `turn` when there is something to read, and
+    is False when the mount is gone; `seek` answers SEEK_DATA and SEEK_HOLE;
+    `on_interrupt(request)` is asked to look after a request whose caller got a signal.
     """
 
     def __init__(
@@ -82,6 +83,9 @@ class Channel:
         for end in self._ours, self.theirs:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PASSED_ON)
             end.setblocking(False)
+        self.turn: Callable[[], bool] = self._one_batch
+        self.answered = 0  # requests, ever
+        self.others = False  # something else than data came: it is the other tasks' turn
         self._read_count = 0
         self._opens: set[int] = set()  # uniques of OPEN requests, whose replies get flags
         self._init = b""
@@ -107,9 +111,8 @@ class Channel:
                 await self._take_over()
             while True:
                 await trio.lowlevel.wait_readable(self.fuse)
-                alive = self._drain()
-                self.commit()
-                if not alive:
+                self.others = False
+                if not self.turn():
                     break
                 await trio.lowlevel.checkpoint_if_cancelled()
             nursery.cancel_scope.cancel()
@@ -140,9 +143,14 @@ class Channel:
     def _drain_one_batch(self) -> bool:
         """Whether there may be more."""
         before = self._read_count
-        return self._drain() and self._read_count - before == BATCH
+        return self.drain() and self._read_count - before == BATCH
 
-    def _drain(self) -> bool:
+    def _one_batch(self) -> bool:
+        alive = self.drain()
+        self.commit()
+        return alive
+
+    def drain(self) -> bool:
         """Read up to a batch; False when the mount is gone."""
         header, ring, fuse, readv = self._header, self.ring, self.fuse, os.readv
         unpack = DATA_IN.unpack
@@ -213,6 +221,7 @@ class Channel:
 
     def _seldom(self, opcode: int, unique: int, pid: int, length: int) -> None:
         header = self._header
+        self.others = True
         if opcode == wire.FALLOCATE:
             _, offset, size, mode, _ = wire.FALLOCATE_IN.unpack_from(header, wire.HEADER_SIZE)
             self._fallocate(unique, pid, offset, size, mode)
@@ -270,6 +279,7 @@ class Channel:
     ) -> None:
         unique = request.tag
         del self.held[unique]
+        self.answered += 1
         if errno:
             self._reply(unique, errno)
             return
@@ -279,6 +289,7 @@ class Channel:
     def _answer_write(self, request: Request, errno: int, data: object) -> None:
         unique = request.tag
         del self.held[unique]
+        self.answered += 1
         if errno:
             self._reply(unique, errno)
         else:
@@ -286,6 +297,7 @@ class Channel:
 
     def _answer_plain(self, request: Request, errno: int, data: object) -> None:
         del self.held[request.tag]
+        self.answered += 1
         self._reply(request.tag, errno)
 
     def _reply(self, unique: int, errno: int) -> None:

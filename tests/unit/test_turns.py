@@ -1,0 +1,191 @@
+"""Turns: what is served without the event loop between, and when it gets its turn again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from healfs.daemon import turns
+from healfs.daemon.turns import Turns
+
+Event = Callable[[], int]
+
+
+class Connection:
+    """A base.Polled on an eventfd: each count in it is a completion."""
+
+    blocked = False
+
+    def __init__(self, fd: int) -> None:
+        self.ready_fd = fd
+        self.polls = 0
+        self.on_completion: Callable[[], None] = lambda: None
+
+    def poll(self) -> None:
+        self.polls += 1
+        try:
+            os.eventfd_read(self.ready_fd)
+        except BlockingIOError:
+            return
+        self.on_completion()
+
+
+class World:
+    """A channel, whose descriptor is an eventfd with a count for each request, and a backend."""
+
+    def __init__(self, fuse: int) -> None:
+        self.fuse = fuse
+        self.answered = 0
+        self.others = False
+        self.alive = True
+        self.polled: Connection | None = None
+        self.commits = 0
+        self.closed = 0
+        self.taken = 0
+        self.on_request: Callable[[], None] = lambda: None
+
+    def drain(self) -> bool:
+        try:
+            count = os.eventfd_read(self.fuse)
+        except BlockingIOError:
+            return self.alive
+        for _ in range(count):
+            self.taken += 1
+            self.on_request()
+        return self.alive
+
+    def answer(self) -> None:
+        self.answered += 1
+
+    def commit(self) -> None:
+        self.commits += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def turns(self) -> Turns:
+        return Turns(self, self, self.commit)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def event() -> Iterator[Event]:
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+        return made[-1]
+
+    yield make
+    for fd in made:
+        os.close(fd)
+
+
+@pytest.fixture
+def world(event: Event, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(turns, "LONGEST", 3600.0)  # a loaded machine does not end a turn
+    return World(event())
+
+
+def ask(world: World, count: int = 1) -> None:
+    os.eventfd_write(world.fuse, count)
+
+
+def test_what_comes_while_an_answer_is_given_is_served_in_the_same_turn(world: World) -> None:
+    def on_request() -> None:
+        world.answer()
+        if world.taken < 5:
+            ask(world)
+
+    world.on_request = on_request
+    ask(world)
+    assert world.turns().run()
+    assert world.taken == 5
+
+
+def test_a_completion_is_waited_for(world: World, event: Event) -> None:
+    connection = world.polled = Connection(event())
+    connection.on_completion = world.answer
+    world.on_request = lambda: os.eventfd_write(connection.ready_fd, 1)
+    ask(world, 3)
+    assert world.turns().run()
+    assert world.answered == 1 and connection.polls == 1  # all three in one
+
+
+def test_the_request_that_a_completion_brings_is_served_in_the_same_turn(
+    world: World, event: Event
+) -> None:
+    connection = world.polled = Connection(event())
+
+    def completed() -> None:
+        world.answer()
+        if world.taken < 4:
+            ask(world)
+
+    connection.on_completion = completed
+    world.on_request = lambda: os.eventfd_write(connection.ready_fd, 1)
+    ask(world)
+    assert world.turns().run()
+    assert world.taken == world.answered == 4
+
+
+def test_after_a_reconnect_the_new_connection_is_watched(world: World, event: Event) -> None:
+    old, new = Connection(event()), Connection(event())
+    old.on_completion = new.on_completion = world.answer
+    turn = world.turns()
+    for world.polled in (old, new):
+        connection = world.polled
+        ask(world)
+        world.on_request = lambda fd=connection.ready_fd: os.eventfd_write(fd, 1)
+        assert turn.run()
+    assert (old.polls, new.polls) == (1, 1)
+    os.eventfd_write(old.ready_fd, 1)  # something late on the old one: nobody's any more
+    ask(world)
+    assert turn.run()
+    assert old.polls == 1
+
+
+def test_the_end_of_the_mount(world: World) -> None:
+    world.alive = False
+    assert not world.turns().run()
+
+
+def test_what_is_for_another_task_ends_the_turn(world: World) -> None:
+    def on_request() -> None:
+        world.answer()
+        world.others = True
+        ask(world)
+
+    world.on_request = on_request
+    ask(world)
+    assert world.turns().run()
+    assert world.taken == 1
+    assert world.commits == 1
+
+
+def test_a_turn_ends_while_requests_keep_coming(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "LONGEST", 0.001)
+
+    def on_request() -> None:
+        world.answer()
+        ask(world)
+
+    world.on_request = on_request
+    ask(world)
+    assert world.turns().run()
+
+
+def test_a_bug_in_the_backend_costs_the_connection(world: World, event: Event) -> None:
+    connection = world.polled = Connection(event())
+
+    def completed() -> None:
+        raise ZeroDivisionError
+
+    connection.on_completion = completed
+    world.on_request = lambda: os.eventfd_write(connection.ready_fd, 1)
+    ask(world)
+    assert world.turns().run()
+    assert world.closed == 1
