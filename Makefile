@@ -57,7 +57,11 @@ build/man/%: man/%.scd
 PREFIX ?= /usr/local
 LIB := $(DESTDIR)$(PREFIX)/lib/healfs
 UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
-MANUAL := $(DESTDIR)$(PREFIX)/share/man
+SHARE := $(DESTDIR)$(PREFIX)/share
+MANUAL := $(SHARE)/man
+BASH_COMPLETION := $(SHARE)/bash-completion/completions/healfs
+ZSH_COMPLETION := $(SHARE)/zsh/site-functions/_healfs
+FISH_COMPLETION := $(SHARE)/fish/vendor_completions.d/healfs.fish
 
 # A virtual environment that may be moved: nothing in it names the place it was made in.
 install: $(MAN) ## for the whole system: make install DESTDIR= PREFIX=/usr/local
@@ -75,12 +79,17 @@ install: $(MAN) ## for the whole system: make install DESTDIR= PREFIX=/usr/local
 	install -D healfs/data/launcher $(DESTDIR)$(PREFIX)/bin/healfs
 	install -D -m 644 healfs/data/healfs@.service $(UNITS)/healfs@.service
 	sed -i 's|@PREFIX@|$(PREFIX)|' $(UNITS)/healfs@.service
+	install -d $(dir $(BASH_COMPLETION) $(ZSH_COMPLETION) $(FISH_COMPLETION))
+	$(LIB)/bin/python -I -m healfs.cli.completion bash >$(BASH_COMPLETION)
+	$(LIB)/bin/python -I -m healfs.cli.completion zsh >$(ZSH_COMPLETION)
+	$(LIB)/bin/python -I -m healfs.cli.completion fish >$(FISH_COMPLETION)
 	for page in $(MAN); do \
 		install -D -m 644 $$page $(MANUAL)/man$${page##*.}/$${page##*/} || exit; done
 
 uninstall: ## remove what make install laid; /etc/healfs stays where it is not empty
 	rm -rf $(LIB)
 	rm -f $(DESTDIR)$(PREFIX)/bin/healfs $(UNITS)/healfs@.service
+	rm -f $(BASH_COMPLETION) $(ZSH_COMPLETION) $(FISH_COMPLETION)
 	for page in $(notdir $(MAN)); do rm -f $(MANUAL)/man$${page##*.}/$$page; done
 	rmdir $(DESTDIR)/etc/healfs 2>/dev/null || true
 

@@ -13,6 +13,7 @@ from xml.etree import ElementTree as Xml
 
 import click
 
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
 from healfs.cli.output import bad_input, error_line
 
@@ -33,7 +34,7 @@ class Disk:
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--qemu", is_flag=True, help="Print arguments for QEMU (the default).")
 @click.option("--libvirt", is_flag=True, help="Print a <disk> element for libvirt.")
 @click.option("--bus", type=click.Choice(["virtio", "scsi"]), help="How the guest sees the disk.")

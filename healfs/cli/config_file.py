@@ -30,6 +30,8 @@ class ConfiguredCommand(click.Command):
     """Takes SOURCE and MOUNTPOINT, or a NAME in DIRECTORY, or `--config FILE`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # a shell completes it
+            return super().parse_args(ctx, args)
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         # What is missing may be there as a sentinel of click's.
         words = {key: value for key, value in given.items() if isinstance(value, str)}

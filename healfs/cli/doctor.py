@@ -8,6 +8,7 @@ import click
 from rich.text import Text
 
 from healfs.cli import exit_status
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import find
 from healfs.cli.output import cell, console, print_json, table
 from healfs.control.client import ControlError, connect
@@ -20,7 +21,7 @@ _STYLES = {Level.OK: "green", Level.NOTE: "", Level.WARNING: "yellow", Level.ERR
 
 
 @click.command()
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", type=MOUNTPOINT, required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
 def doctor(mountpoint: str | None, as_json: bool) -> int:
     """Look for what would break the promises: on this host, and of the disk at MOUNTPOINT.

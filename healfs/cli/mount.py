@@ -20,6 +20,7 @@ import click
 from rich.console import Console
 
 from healfs.cli import config_file, exit_status
+from healfs.cli.completion import Directory, Source
 from healfs.cli.daemons import clear, detach, is_mounted
 from healfs.cli.log_options import checked, log_options
 from healfs.cli.output import CliError, bad_input, error_line
@@ -37,8 +38,8 @@ _AS_GIVEN = (
 
 
 @click.command(cls=config_file.ConfiguredCommand)
-@click.argument("source", required=False)
-@click.argument("mountpoint", required=False)
+@click.argument("source", type=Source(), required=False)
+@click.argument("mountpoint", type=Directory(), required=False)
 @click.option(
     "--config",
     metavar="FILE",

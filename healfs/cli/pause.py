@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from healfs.cli import exit_status
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
 from healfs.cli.output import CliError
 from healfs.cli.policy_options import DURATION
@@ -20,7 +21,7 @@ _LOOK_SECONDS = 0.05
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 @click.option(
     "--timeout", type=DURATION, default="30s", help="How long to wait until all is flushed. [30s]"
 )
@@ -91,7 +92,7 @@ def _count(number: int, one: str, many: str) -> str:
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 def resume(mountpoint: str) -> None:
     """End the pause of the disk at MOUNTPOINT, the operator's or the policy's."""
     mount = find(mountpoint)

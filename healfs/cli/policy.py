@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
 from healfs.cli.output import console, table
 from healfs.cli.policy_options import changes, policy_options
@@ -16,7 +17,7 @@ _TIMEOUT = 5.0
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 @policy_options
 def policy(mountpoint: str, **options: Any) -> None:
     """Show the policy of the disk at MOUNTPOINT, or change what the options name.

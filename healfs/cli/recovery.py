@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
 from healfs.cli.output import CliError, bad_input
 from healfs.config import one_line
@@ -18,7 +19,7 @@ _ACCEPT_SECONDS = 12.0  # a connection is made within ten seconds, or is not
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 def reconnect(mountpoint: str) -> None:
     """Give up the connection of the disk at MOUNTPOINT, which hangs, and make a new one.
 
@@ -33,7 +34,7 @@ def reconnect(mountpoint: str) -> None:
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--replay", is_flag=True, help="Write the write log to the disk that came back.")
 @click.option("--drop", is_flag=True, help="Throw away what the write log holds unflushed.")
 def accept(mountpoint: str, replay: bool, drop: bool) -> None:
@@ -55,7 +56,7 @@ def accept(mountpoint: str, replay: bool, drop: bool) -> None:
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 def fail(mountpoint: str) -> None:
     """Answer all requests that wait in the disk at MOUNTPOINT with an error, now.
 

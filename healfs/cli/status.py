@@ -8,6 +8,7 @@ from typing import Any
 import click
 from rich.text import Text
 
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
 from healfs.cli.output import CliError, console, fields, print_json, state_text, table
 from healfs.cli.pause import pause_words
@@ -24,7 +25,7 @@ Status = dict[str, Any]
 
 
 @click.command()
-@click.argument("mountpoint", required=False)
+@click.argument("mountpoint", type=MOUNTPOINT, required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the state of the disk at MOUNTPOINT, or of all disks."""

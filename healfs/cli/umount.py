@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import Processes, clear, connected, find
 from healfs.cli.output import CliError, error_line
 from healfs.config import format_size, spans
@@ -22,7 +23,7 @@ _SHOWN = 8  # ranges; the log has all
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--force", is_flag=True, help="Answer what waits with an error, and say what.")
 def umount(mountpoint: str, force: bool) -> None:
     """Unmount the disk at MOUNTPOINT and end its daemon.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from healfs import __version__
+from healfs.control import mounts
 from tests.fuse.commands import Commands
 from tests.mounts import ROOT
 
@@ -46,10 +47,14 @@ def _laid(stage: Path) -> set[str]:
 
 @pytest.mark.timeout(SECONDS)
 def test_what_it_lays(stage: Path) -> None:
-    pages = {page.stem for page in (ROOT / "man").glob("*.scd")}
-    assert _laid(stage) == {f"{PREFIX}/share/man/man{page[-1]}/{page}" for page in pages} | {
+    pages = [page.stem for page in (ROOT / "man").glob("*.scd")]
+    assert _laid(stage) == {
         f"{PREFIX}/bin/healfs",
         f"{PREFIX}/lib/systemd/system/healfs@.service",
+        f"{PREFIX}/share/bash-completion/completions/healfs",
+        f"{PREFIX}/share/zsh/site-functions/_healfs",
+        f"{PREFIX}/share/fish/vendor_completions.d/healfs.fish",
+        *(f"{PREFIX}/share/man/man{page[-1]}/{page}" for page in pages),
     }
     assert (stage / "etc/healfs").is_dir()
     # Packed up and laid elsewhere, it must run there.
@@ -57,6 +62,70 @@ def test_what_it_lays(stage: Path) -> None:
     assert named.stdout == ""
     others = [p for p in stage.rglob("*") if not p.is_symlink() and p.stat().st_mode & 0o022]
     assert others == []
+
+
+BASH = """
+source {share}/bash-completion/completions/healfs
+COMP_WORDS=({words} "{typed}") COMP_CWORD={count}
+_healfs_completion healfs
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+FISH = 'source {share}/fish/vendor_completions.d/healfs.fish; complete -C "{words} {typed}"'
+# zpty: a terminal, for zsh completes where somebody types only. The menu goes to it as well.
+ZSH = """
+zmodload zsh/zpty
+zpty z 'stty -echo columns 200; TERM=dumb zsh -f -i'
+zpty -w z 'PS1=; fpath=({share}/zsh/site-functions $fpath); autoload -U compinit; compinit -u -D'
+zpty -w z 'LISTMAX=999; print rea""dy'
+zpty -r -m z line '*ready*'
+zpty -w -n z $'{words} {typed}\\t\\t'
+zpty -r -m z line '*{wanted}*' && print -r -- $line
+zpty -d z
+"""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("words", "typed", "wanted"),
+    [("healfs", "recon", "reconnect"), ("healfs status", "/", "/srv/vm-one")],
+    ids=["verb", "mountpoint"],
+)
+def test_the_shells_complete(
+    stage: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shell: str,
+    words: str,
+    typed: str,
+    wanted: str,
+) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    mounts.claim("/srv/vm-one").record(
+        mountpoint="/srv/vm-one",
+        file="/srv/vm-one/disk.img",
+        source="nbd://nas/",
+        keeper=1,
+        worker=1,
+        log="/var/log/healfs/vm-one.log",
+    )
+    script = {"bash": BASH, "zsh": ZSH, "fish": FISH}[shell].format(
+        share=stage / PREFIX / "share",
+        words=words,
+        typed=typed,
+        wanted=wanted,
+        count=len(words.split()),
+    )
+    environment = os.environ | {
+        "PATH": f"{stage / PREFIX / 'bin'}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [shell, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert wanted in done.stdout, done
 
 
 def test_the_installed_command_mounts(
