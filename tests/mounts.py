@@ -111,6 +111,19 @@ class HealfsMount:
     def wait_state(self, state: str, deadline: float = 30) -> Status:
         return self.wait_until(lambda status: status["state"] == state, deadline)
 
+    def kill_worker(self, deadline: float = 60) -> None:
+        """kill -9, and until another one answers."""
+        old = self.status()["pids"]["worker"]
+        os.kill(old, signal.SIGKILL)
+        until = time.monotonic() + deadline
+        while True:
+            # Asked in that moment, it dies before it has answered.
+            with contextlib.suppress(subprocess.CalledProcessError):
+                if self.status()["pids"]["worker"] != old:
+                    return
+            if time.monotonic() > until:
+                raise TimeoutError(f"no other worker after {deadline:g} s")
+
     def processes(self) -> list[int]:
         """The pids of all processes of this mount."""
         return _processes(self.runtime)

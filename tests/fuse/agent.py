@@ -10,6 +10,7 @@ import base64
 import ctypes
 import errno
 import json
+import mmap
 import os
 import select
 import subprocess
@@ -115,6 +116,10 @@ def _call(fds: dict[str, int], file: str, call: str, arguments: list[Any]) -> An
             return os.pread(fd, length, offset)
         case "pwrite", [offset, data]:
             return os.pwrite(fd, base64.b64decode(data), offset)
+        case "pwrite_from", [path, offset]:
+            # The caller's buffer is a mapped file: another process can change it meanwhile.
+            with open(path, "r+b") as file:
+                return os.pwritev(fd, [mmap.mmap(file.fileno(), 0)], offset)
         case "write", [data]:
             return os.write(fd, base64.b64decode(data))
         case "fsync", []:

@@ -1,0 +1,174 @@
+"""Has a healfs worker kill itself (SIGKILL) at a named point; see tests/killpoints/__init__.py.
+
+On PYTHONPATH only where a test puts it: nothing in healfs knows of it. HEALFS_KILL_POINTS is a
+directory with the files `armed` ("NAME COUNT", COUNT the passing of the point that counts; behind
+a semicolon, the same for the successor), `reached` (a JSON object a line, written before the
+kill) and, while a test holds back the take-over, `gate`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DIRECTORY = Path(os.environ.get("HEALFS_KILL_POINTS", "/nonexistent"))
+
+
+class Points:
+    def __init__(self) -> None:
+        with open(DIRECTORY / "armed", "r+b") as file:
+            self.armed = mmap.mmap(file.fileno(), 0)
+        self.engine: Any = None
+        self.channel: Any = None
+        self.passed = 0
+
+    def passing(self, name: str) -> None:
+        """The one call at each point."""
+        if not self.armed[:].startswith(name.encode() + b" "):
+            return
+        self.passed += 1
+        mine, _, successors = self.armed[:].rstrip(b"\0").partition(b";")
+        if self.passed >= int(mine.split()[1]):
+            self.armed[:] = successors.ljust(len(self.armed), b"\0")
+            self._die(name)
+
+    def _die(self, name: str) -> None:
+        channel = self.channel
+        reached = {
+            "point": name,
+            "pid": os.getpid(),
+            "held": 0 if channel is None else len(channel.held),  # not answered to the kernel
+            "state": str(self.engine.state),
+        }
+        with open(DIRECTORY / "reached", "a") as file:
+            file.write(json.dumps(reached) + "\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(self, owner: Any, method: str, name: str, matters: Callable[..., object]) -> None:
+        original = getattr(owner, method)
+
+        @functools.wraps(original)
+        def wrapped(self_: Any, *arguments: Any) -> Any:
+            if matters(*arguments):
+                self.passing(name)
+            return original(self_, *arguments)
+
+        setattr(owner, method, wrapped)
+
+    def after(self, owner: Any, method: str, name: str, matters: Callable[..., object]) -> None:
+        """`matters(result, *arguments)`."""
+        original = getattr(owner, method)
+
+        @functools.wraps(original)
+        def wrapped(self_: Any, *arguments: Any) -> Any:
+            result = original(self_, *arguments)
+            if matters(result, *arguments):
+                self.passing(name)
+            return result
+
+        setattr(owner, method, wrapped)
+
+    def remember(self, owner: Any, name: str) -> None:
+        original = owner.__init__
+
+        def wrapped(self_: Any, *arguments: Any, **named: Any) -> None:
+            original(self_, *arguments, **named)
+            setattr(self, name, self_)
+
+        owner.__init__ = wrapped
+
+
+def _always(*_: object) -> bool:
+    return True
+
+
+def _install(points: Points) -> None:
+    from healfs.core import writelog
+    from healfs.core.engine import Engine
+    from healfs.core.replay import Replay
+    from healfs.core.request import Kind
+    from healfs.core.writelog import WriteLog
+    from healfs.fuse.channel import Channel
+
+    def is_write(request: Any, errno: int, *_: object) -> bool:
+        return request.kind is Kind.WRITE and not request.internal and not errno
+
+    def others_wait(*_: object) -> bool:
+        return bool(points.channel.held)
+
+    points.remember(Engine, "engine")
+    points.remember(Channel, "channel")
+    points.before(Engine, "completed", "backend-completed", is_write)
+    points.after(WriteLog, "enter", "log-entry", lambda entered, _: entered)
+    points.after(WriteLog, "complete", "completed-entry", _always)
+    points.before(Channel, "_answer_write", "reply", _always)
+    points.after(Channel, "_answer_write", "replied", others_wait)
+    points.after(Replay, "written", "replay", _always)
+    points.before(Engine, "_replay_flushed", "replay-flushed", lambda _, errno: not errno)
+    points.after(Engine, "take_over", "take-over", _always)
+    points.after(Engine, "_submit_again", "resent", _always)
+    points.before(Engine, "connect_failed", "outage", others_wait)
+    _half_entry(points, writelog)
+    _in_trim(points, WriteLog)
+    _gate(Channel)
+
+
+def _half_entry(points: Points, writelog: Any) -> None:
+    """The record is written, its state word not yet."""
+    record = writelog.RECORD
+
+    class Record:
+        size = record.size
+        unpack_from = record.unpack_from
+
+        @staticmethod
+        def pack_into(*arguments: Any) -> None:
+            record.pack_into(*arguments)
+            points.passing("half-entry")
+
+    writelog.RECORD = Record
+
+
+def _in_trim(points: Points, log: Any) -> None:
+    """Some of what the flush covers is out of the log, the rest is in it."""
+
+    class Trimmed(deque):  # type: ignore[type-arg]
+        def popleft(self) -> Any:
+            points.passing("trim")
+            return super().popleft()
+
+    original = log.trim
+
+    @functools.wraps(original)
+    def trim(self: Any, *arguments: Any) -> None:
+        points.passed = 0
+        self._completed = Trimmed(self._completed)
+        original(self, *arguments)
+        self._completed = deque(self._completed)
+
+    log.trim = trim
+
+
+def _gate(channel: Any) -> None:
+    original = channel._take_over
+
+    async def take_over(self: Any) -> None:
+        import trio
+
+        while (DIRECTORY / "gate").exists():  # noqa: ASYNC110 - a file tells
+            await trio.sleep(0.01)
+        await original(self)
+
+    channel._take_over = take_over
+
+
+if "healfs.daemon.worker" in sys.orig_argv:
+    _install(Points())
