@@ -176,10 +176,10 @@ def test_systemd_accepts_the_unit(stage: Path, tmp_path: Path) -> None:
 def test_uninstall_leaves_what_the_administrator_wrote(stage: Path, tmp_path: Path) -> None:
     copy = tmp_path / "stage"
     shutil.copytree(stage, copy, symlinks=True)
-    (copy / "etc/healfs/vm1.env").write_text("SOURCE=/dev/null\n")
+    (copy / "etc/healfs/vm1.toml").write_text('source = "/dev/null"\n')
     _make("uninstall", copy)
-    assert _laid(copy) == {"etc/healfs/vm1.env"}
+    assert _laid(copy) == {"etc/healfs/vm1.toml"}
     assert not (copy / PREFIX / "lib/healfs").exists()
-    os.unlink(copy / "etc/healfs/vm1.env")
+    os.unlink(copy / "etc/healfs/vm1.toml")
     _make("uninstall", copy)
     assert not (copy / "etc/healfs").exists()
