@@ -28,6 +28,8 @@ def find(path: str) -> Mount:
 @contextlib.contextmanager
 def connected(mount: Mount, timeout: float) -> Iterator[Client]:
     """A client; the errors inside name the mount, and the log where the daemon failed."""
+    if mount.problem:
+        raise CliError(f"{mount.mountpoint}: {mount.problem}; see {mount.log}")
     try:
         with client.connect(mount.control, timeout) as connection:
             yield connection

@@ -30,6 +30,7 @@ VERBS = {
     "resume": "healfs.cli.pause:resume",
     "fail": "healfs.cli.recovery:fail",
     "attach": "healfs.cli.attach:attach",
+    "upgrade": "healfs.cli.upgrade:upgrade",
     "umount": "healfs.cli.umount:umount",
     "doctor": "healfs.cli.doctor:doctor",
     "demo": "healfs.cli.demo:demo",

@@ -44,6 +44,7 @@ _STATE_STYLES = {
     "replaying": "yellow",
     "paused": "yellow",
     "no answer": "red",
+    "no worker": "red",
     "mismatch": "red",
     "faulted": "red",
     "dead": "red",

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
-from healfs.cli.output import CliError, console, fields, print_json, state_text, table
+from healfs.cli.output import CliError, console, error_line, fields, print_json, state_text, table
 from healfs.cli.pause import pause_words
 from healfs.cli.policy import sentence
 from healfs.config import format_duration, format_size
@@ -58,14 +58,16 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    result = table("MOUNTPOINT", "FILE", "SOURCE", "KEEPER", "STATE")
+    result = table("MOUNTPOINT", "FILE", "SOURCE", "KEEPER", "VERSION", "STATE")
     for row in rows:
         result.add_row(
             *(Text(str(row[key])) for key in ("mountpoint", "file", "source")),
             str(row["pids"]["keeper"]),
+            Text(row["version"]),
             state_text(row["state"]),
         )
     _print_table(result)
+    _print_problems(rows)
 
 
 def _restarts(count: int) -> str:
@@ -74,15 +76,20 @@ def _restarts(count: int) -> str:
 
 def _record(mount: Mount) -> Status:
     """What is known without asking the daemon; keys as in the status object."""
-    return {
+    dead = mount.is_dead()
+    record: Status = {
         "mountpoint": mount.mountpoint,
         "file": mount.file,
         "source": mount.source,
         "control": mount.control,
         "log": mount.log,
         "pids": {"keeper": mount.keeper, "worker": mount.worker},
-        "state": "dead" if mount.is_dead() else "mounted",
+        "version": mount.version,
+        "state": "dead" if dead else "no worker" if mount.problem else "mounted",
     }
+    if mount.problem and not dead:
+        record["reason"] = mount.problem
+    return record
 
 
 def _ask_all(found: list[Mount]) -> list[Status]:
@@ -94,7 +101,7 @@ def _ask_all(found: list[Mount]) -> list[Status]:
 
 def _ask(mount: Mount) -> Status:
     record = _record(mount)
-    if record["state"] == "dead":
+    if record["state"] != "mounted":
         return record
     try:
         with connect(mount.control, _TIMEOUT) as client:
@@ -125,6 +132,13 @@ def _print_all(found: list[Status]) -> None:
             Text(str(one.get("source", ""))),
         )
     _print_table(result)
+    _print_problems(found)
+
+
+def _print_problems(found: list[Status]) -> None:
+    for one in found:
+        if one.get("state") == "no worker":
+            error_line(f"{one['mountpoint']}: {one['reason']}; see {one['log']}")
 
 
 def _print_one(mount: Mount, one: Status) -> None:

@@ -48,6 +48,10 @@ def umount(mountpoint: str, force: bool) -> None:
 
 
 def _force(mount: Mount) -> None:
+    if mount.problem:
+        error_line(f"{mount.mountpoint}: {mount.problem}")
+        _kill(mount)
+        return
     try:
         with (
             connect(mount.control, _FORCE_SECONDS) as client,
@@ -68,15 +72,21 @@ def _force(mount: Mount) -> None:
 
 def _kill(mount: Mount) -> None:
     """The daemon hangs: end it by force. Its requests are answered by the kernel, with EIO."""
+    from healfs.fuse.mount import abort
+
     pids = mount.pids()
     with Processes(pids) as processes:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        abort(mount.mountpoint)  # a worker that cannot end keeps the connection open
         gone = processes.wait(_FORCE_SECONDS)
     lost = clear(mount)
     if not gone:
-        raise CliError(f"{mount.mountpoint}: unmounted, but the daemon does not end")
+        raise CliError(
+            f"{mount.mountpoint}: unmounted, but the worker (pid {mount.worker}) was killed and"
+            f" cannot end: it waits in the kernel for its storage; {lost}"
+        )
     error_line(f"{mount.mountpoint}: the daemon did not end by itself and was killed; {lost}")
 
 

@@ -102,6 +102,13 @@ class Mount:
     worker: int
     log: str
     directory: str
+    version: str = ""  # of the worker that serves, or did last
+    problem: str = ""  # why none serves, in one line
+
+    @property
+    def door(self) -> str:
+        """The keeper's own socket; see daemon/upgrading.py."""
+        return os.path.join(self.directory, "keeper")
 
     @property
     def control(self) -> str:
@@ -145,11 +152,31 @@ class Claim:
         listener.listen(64)
         return listener
 
+    def open_door(self) -> socket.socket:
+        """The keeper's own socket, mode 0600: it takes packets. Raises OSError."""
+        path = self.directory / "keeper"
+        path.unlink(missing_ok=True)
+        door = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        os.fchmod(door.fileno(), 0o600)
+        door.bind(str(path))
+        path.chmod(0o600)
+        return door
+
     def record(
-        self, *, mountpoint: str, file: str, source: str, keeper: int, worker: int, log: str
+        self,
+        *,
+        mountpoint: str,
+        file: str,
+        source: str,
+        keeper: int,
+        worker: int,
+        log: str,
+        version: str = "",
+        problem: str = "",
     ) -> Mount:
-        """Write mount.json, whole or not at all."""
-        mount = Mount(mountpoint, file, source, keeper, worker, log, str(self.directory))
+        """Write mount.json, whole or not at all. Raises OSError."""
+        directory = str(self.directory)
+        mount = Mount(mountpoint, file, source, keeper, worker, log, directory, version, problem)
         temporary = self.directory / "mount.json.new"
         temporary.write_text(json.dumps(_as_record(mount)))
         temporary.replace(self.directory / "mount.json")
@@ -159,7 +186,7 @@ class Claim:
         """Remove the directory and let go of the lock. Idempotent."""
         if self.fd < 0:
             return
-        for name in ("mount.json", "mount.json.new", "control", unflushed.NAME):
+        for name in ("mount.json", "mount.json.new", "control", "keeper", unflushed.NAME):
             (self.directory / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.directory.rmdir()
@@ -218,6 +245,8 @@ def _read(directory: str) -> Mount | None:
             worker=int(pids["worker"]),
             log=str(values["log"]),
             directory=directory,
+            version=str(values.get("version", "")),
+            problem=str(values.get("problem", "")),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -17,7 +17,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from healfs.core import errors
@@ -1013,9 +1013,10 @@ class Engine:
 
     # --- the take-over ----------------------------------------------------------------------
 
-    def take_over(self) -> None:
-        """Go on where an earlier worker died (promise 10): call it before anything else.
+    def take_over(self, since: float | None = None) -> None:
+        """Go on where an earlier worker ended (promise 10): call it before anything else.
 
+        It answered until `since`, the clock's time (None: until now).
         Then submit what the kernel sends again, oldest first, then call `resent`, then `start`.
         """
         found, attempts = self.log.recover(_nobody)
@@ -1038,10 +1039,20 @@ class Engine:
         replaying = saved.get("replaying", False)
         sent = [entry for entry in found if replaying or not entry.completed]
         self._remember_attempts(sent, now)
-        self._begin_outage(now, e.ESHUTDOWN, WORKER, "the worker died", now)
+        reason = "the worker has ended, another one took over"
+        self._begin_outage(now, e.ESHUTDOWN, WORKER, reason, now if since is None else since)
         if self.paused_by:
             self.state = State.PAUSED
             self.since = saved.get("paused_since", now)
+
+    def hold(self) -> None:
+        """Send nothing more, but for a flush that is waited for: a successor goes on."""
+        self.limits = replace(self.limits, in_flight=0)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the backend has."""
+        return len(self._queues.in_flight)
 
     def _submit_again(self, request: Request) -> bool:
         """A request that the kernel sends again; True: it was done already.

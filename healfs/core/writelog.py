@@ -31,10 +31,15 @@ STATE = struct.Struct("<I")
 FUA, MAY_UNMAP = 1, 2
 NOWHERE = (1 << 64) - 1  # a place: there is no payload
 HEADER = 16384  # magic, and two copies of the saved state
+# With the number of the layout: of the records, of the ring, and of what the engine saves.
 MAGIC = b"healfs write log 1\n"
 STATE_COPIES = (4096, 8192 + 2048)  # each: sequence, length, CRC, JSON
 STATE_HEAD = struct.Struct("<QII")
 RESERVED = 512  # records for unsettled attempts: one a request in flight
+
+
+class LayoutError(ValueError):
+    """The memory was laid out by another version of healfs; one line."""
 
 
 @dataclass(slots=True)
@@ -54,15 +59,24 @@ def memory_size(payload: int, entries: int) -> int:
     return HEADER + -(-entries * RECORD.size // PAGE) * PAGE + payload
 
 
+def check_layout(memory: memoryview) -> None:
+    """Raises LayoutError where an earlier worker's memory is not as this version makes it."""
+    found = bytes(memory[: len(MAGIC)])
+    if found not in (MAGIC, bytes(len(MAGIC))):
+        raise LayoutError(f"the write log is of layout {found!r}, not {MAGIC!r}")
+
+
 class WriteLog:
     """`memory` is all zeroes (a new log) or what an earlier worker left (then call recover).
 
     `entries` is the number of records; RESERVED of them are for unsettled attempts.
+    Raises LayoutError.
     """
 
     def __init__(self, memory: memoryview, entries: int, message: int) -> None:
         if entries < 2 * RESERVED:
             raise ValueError(f"the log needs at least {2 * RESERVED} entries")
+        check_layout(memory)
         self.limit = entries - RESERVED
         table = -(-entries * RECORD.size // PAGE) * PAGE
         self._header = memory[:HEADER]

@@ -68,7 +68,7 @@ def status(worker: Worker) -> dict[str, Any]:
         },
     }
     geometry = worker.geometry
-    notes = list(geometry.notes) if geometry else []
+    notes = [*(geometry.notes if geometry else ()), *worker.notes]
     if unknown := worker.callers.unknown(worker.channel.held):
         notes.append(f"{unknown} waiting requests are of processes that cannot be named")
     if gone := worker.parent.gone.is_set():

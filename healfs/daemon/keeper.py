@@ -2,15 +2,17 @@
 socket, starts the worker, and another one when it has died, mounts and unmounts for it, and
 cleans up behind it.
 
-Standard library only, one blocking loop, and it never touches the backend or the mounted files.
-Started by `healfs mount` as `python -m healfs.daemon.keeper READY_FD` with the mount's
-configuration on standard input; READY_FD is -1 where `healfs mount` itself became the keeper.
+Standard library only, one loop that never waits for anybody, and it never touches the backend or
+the mounted files. Started by `healfs mount` as `python -m healfs.daemon.keeper READY_FD` with the
+mount's configuration on standard input; READY_FD is -1 where `healfs mount` itself became the
+keeper.
 
-Messages on the socket to the worker are JSON objects, one a packet. From the worker:
-{"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "init", "request": hex, "resend": bool},
-{"do": "alive"}, {"do": "ready"}, {"do": "beat", "status": text}; the first two get a reply,
-{"ok": true} (a mount's with the descriptor) or {"error": text, "errno": n}. To the worker:
-{"event": "terminate"}.
+Messages on the socket to a worker are JSON objects, one a packet. From the worker:
+{"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "serving", "version": text},
+{"do": "init", "request": hex, "reply": hex, "resend": bool}, {"do": "alive"}, {"do": "ready"},
+{"do": "beat", "status": text}; the first three get a reply, {"ok": true} (a mount's with the
+descriptor) or {"error": text, "errno": n}. To the worker: a greeting, then {"event": "terminate"}.
+What an upgrade adds: see daemon/upgrading.py.
 """
 
 from __future__ import annotations
@@ -21,24 +23,24 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
 from healfs.control import mounts
+from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program, how, readable
 from healfs.daemon.heartbeat import Heartbeat
 from healfs.daemon.sd_notify import SdNotify
-from healfs.fuse import mount
+from healfs.daemon.upgrading import Phase, Upgrading
+from healfs.fuse import callers, mount
 
 STOP_SECONDS = 5.0  # an orderly end takes at most this long
 PR_SET_IO_FLUSHER = 57
 OOM_SCORE = -900
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # before a worker that died at once is started again
-PACKET = 1 << 16
 INTERRUPTED = 130  # exit status: ended before there was a mount
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOOK_SECONDS = 5.0  # between two looks at the worker: was it killed, and cannot end?
 
 
 class Keeper:
@@ -49,15 +51,27 @@ class Keeper:
         self.mountpoint = str(config["mountpoint"])
         self.fuse = -1
         self.connection: int | None = None  # its number in /sys/fs/fuse/connections
-        self.init = ""  # the INIT request, in hex, for a worker that takes over
+        self.init, self.init_reply = "", ""  # in hex, for a worker that takes over
         self.resend = False  # the kernel can send unanswered requests again
+        self.program = Program(sys.executable, os.environ.get("PYTHONPATH"))
+        self.version = ""  # of the worker that serves, or did last
+        self.worker: Child | None = None
+        self.started = 0.0
+        self.start_at = 0.0  # of the next worker, while there is none
+        self.problem = ""  # why no worker serves, for the operator
         self.restarts = 0
+        self.futile = 0  # workers that died, one after the other, and had answered nothing
         self.pause = 0.0
         self.alive = False  # the worker has answered something since its start
+        self.died: float | None = None  # when the last one did that served
+        self.leaving: float | None = None  # since when the worker is seen to be killed
+        self.look_at = 0.0
         self.log = "stderr"
         self.kill_at: float | None = None
+        self.killed = False
         self.systemd = SdNotify()
         self.heartbeat = Heartbeat(self.systemd)
+        self.upgrading = Upgrading(self)
 
     def run(self) -> int:
         """The exit status: 0 after an orderly unmount, 2 for bad input, else 1."""
@@ -69,12 +83,13 @@ class Keeper:
         try:
             try:
                 self._open_log()
-                listener = self.claim.listen()
+                self.listener, self.door = self.claim.listen(), self.claim.open_door()
             except OSError as exc:
                 return self._refuse(f"{exc.filename or self.claim.directory}: {exc.strerror}", 1)
             _kernel_manners()
-            return self._serve(listener)
+            return self._serve()
         finally:
+            self.upgrading.close()
             self.claim.release()
 
     def _refuse(self, message: str, status: int) -> int:
@@ -118,116 +133,131 @@ class Keeper:
         with contextlib.suppress(OSError):
             os.write(2, f"{stamp} keeper: {text}\n".encode())
 
-    def _serve(self, listener: socket.socket) -> int:
-        self.listener = listener
+    def _serve(self) -> int:
         self.memory = os.memfd_create("healfs-log", os.MFD_CLOEXEC)
-        self._start_worker()
         while True:
-            status = self._watch_worker()
-            if status is None:
-                self._start_worker()
-            else:
+            status = self._turn()
+            if status is not None:
                 return status
+            self._wait()
 
-    def _start_worker(self) -> None:
-        """The first one mounts; a later one takes over the mount and the log."""
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fds = {
-            "listener": self.listener.fileno(),
-            "keeper": theirs.fileno(),
-            "ready": self.ready,
-            "memory": self.memory,
-            "fuse": self.fuse,
-        }
-        # Ctrl-C goes to the worker, too, and must not find it before it ignores that.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        self.worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "healfs.daemon.worker", json.dumps(fds)],
-            pass_fds=tuple(fd for fd in fds.values() if fd >= 0),
-            stdin=subprocess.DEVNULL,
-        )
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        if self.ready >= 0:
-            os.close(self.ready)  # the worker's now: its death is seen as the end of the pipe
-            self.ready = -1
-        self._tell(
-            {
-                "config": self.text,
-                "log": self.log,
-                "directory": str(self.claim.directory),
-                "init": self.init,
-                "restarts": self.restarts,
-                "beat": self.heartbeat.period,
-                "silence": self.heartbeat.limit,
-            }
-        )
-        self.heartbeat.started(time.monotonic())
-        self.alive = False
-        if self.fuse >= 0:
-            self._record()
-
-    def _watch_worker(self) -> int | None:
-        """Until it ends: the keeper's exit status, or None to start another one."""
-        pidfd = os.pidfd_open(self.worker.pid)
+    def _wait(self) -> None:
+        """Until there is something to do."""
         poll = select.poll()
-        for fd in self.wake, pidfd, self.socket.fileno():
+        fds = [self.wake, self.door.fileno(), *self.upgrading.descriptors()]
+        times = [self.upgrading.deadline, time.monotonic() + self.heartbeat.period]
+        if self.worker is None:
+            times.append(self.start_at)
+        else:
+            fds += self.worker.descriptors()
+        if self.kill_at is not None:
+            times.append(self.kill_at)
+        for fd in fds:
             poll.register(fd, select.POLLIN)
-        while True:
-            wait = self.heartbeat.period
-            if self.kill_at is not None:
-                wait = min(wait, max(0.0, self.kill_at - time.monotonic()))
-            events = dict(poll.poll(wait * 1000))
-            if self.wake in events:
-                os.read(self.wake, 64)
-                self._terminate()
-            if self.socket.fileno() in events and not self._message():
-                poll.unregister(self.socket.fileno())
-            if pidfd in events:
-                os.close(pidfd)
-                while self._message():
-                    pass  # what it said last
-                self.socket.close()
-                return self._worker_ended(self.worker.wait())
-            if self.kill_at is None and self._is_replaceable():
-                if self.heartbeat.hangs(time.monotonic()):
-                    self.say("the worker hangs: killed")
-                    self.worker.kill()
-            elif self.kill_at is not None and time.monotonic() >= self.kill_at:
-                self.say("the worker did not end in time: killed")
-                self.kill_at = time.monotonic() + STOP_SECONDS
-                self._abort()
-                self.worker.kill()
+        poll.poll(max(0.0, min(times) - time.monotonic()) * 1000 + 1)
+
+    def _turn(self) -> int | None:
+        """Do what there is to do; the exit status when that was the last."""
+        now = time.monotonic()
+        if readable(self.wake):
+            os.read(self.wake, 64)
+            self._terminate(now)
+        if readable(self.door.fileno()):
+            self.upgrading.asked()
+        self.upgrading.turn(now)
+        if self.worker is None:
+            if now >= self.start_at:
+                self._start_worker()
+            return None
+        ended = self.worker.has_ended()  # asked first: nothing is said after that
+        for message in self.worker.messages():
+            self._heard(message)
+        if ended:
+            return self._worker_ended(now)
+        if now >= self.look_at:
+            self._look(now)
+        if self.kill_at is not None:
+            return self._too_late(now) if now >= self.kill_at else None
+        if self._is_replaceable() and self.heartbeat.hangs(now):
+            self.say("the worker hangs: killed")
+            self.worker.kill()
+        return None
 
     def _is_replaceable(self) -> bool:
         """It can be killed, and nobody notices but by the time that it takes."""
         return self.fuse < 0 or bool(self.init and self.resend)
 
-    def _terminate(self) -> None:
+    # --- the worker -------------------------------------------------------------------------
+
+    def descriptors(self) -> dict[str, int]:
+        """What a worker is given beside its socket; the pipe to `healfs mount` has the first."""
+        return {
+            "listener": self.listener.fileno(),
+            "ready": self.ready,
+            "memory": self.memory,
+            "fuse": self.fuse,
+        }
+
+    def greeting(self) -> dict[str, Any]:
+        """What a worker has to know."""
+        return {
+            "protocol": PROTOCOL,
+            "config": self.text,
+            "log": self.log,
+            "directory": str(self.claim.directory),
+            "init": self.init,
+            "init_reply": self.init_reply,
+            "restarts": self.restarts,
+            "died": self.died,
+            "beat": self.heartbeat.period,
+            "silence": self.heartbeat.limit,
+        }
+
+    def _start_worker(self) -> None:
+        """The first one mounts; a later one takes over the mount and the log."""
+        try:
+            child = Child(self.program, self.descriptors(), self.greeting())
+        except OSError as exc:
+            if self.fuse < 0:
+                raise
+            self._plan_restart(f"could not be started ({exc.filename}: {exc.strerror})")
+            return
+        if self.ready >= 0:
+            os.close(self.ready)  # the worker's now: its death is seen as the end of the pipe
+            self.ready = -1
+        self.employ(child)
+
+    def employ(self, child: Child) -> None:
+        """It is the worker from now on."""
+        self.worker = child
+        self.alive = False
+        self.leaving = None
+        self.started = time.monotonic()
+        self.look_at = self.started + LOOK_SECONDS
+        self.heartbeat.started(self.started)
+        self._record()
+        if self.kill_at is not None:
+            child.tell({"event": "terminate"})
+
+    def _terminate(self, now: float) -> None:
         if self.kill_at is None:
             self.systemd.stopping()
-            self.kill_at = time.monotonic() + STOP_SECONDS
-            self._tell({"event": "terminate"})
+            self.kill_at = now + STOP_SECONDS
+            self.start_at = now
+            if self.worker is not None:
+                self.worker.tell({"event": "terminate"})
 
-    def _tell(self, message: dict[str, object], fds: tuple[int, ...] = ()) -> None:
-        with contextlib.suppress(OSError):  # it has died: its pidfd tells
-            socket.send_fds(self.socket, [json.dumps(message).encode()], fds)
-
-    def _message(self) -> bool:
-        try:
-            packet = self.socket.recv(PACKET)
-        except OSError:
-            return False
-        if not packet:
-            return False
-        message = json.loads(packet)
+    def _heard(self, message: dict[str, Any]) -> None:
         match message["do"]:
             case "mount":
                 self._mount()
             case "umount":
                 self._unmount(bool(message["lazy"]))
             case "init":
-                self.init, self.resend = message["request"], message["resend"]
+                self.init, self.init_reply = message["request"], message["reply"]
+                self.resend = message["resend"]
+            case "serving":
+                self._serving(str(message["version"]))
             case "alive":
                 self.alive = True
             case "ready":
@@ -235,7 +265,108 @@ class Keeper:
             case "beat":
                 self.systemd.status(message["status"])
                 self.heartbeat.beat(time.monotonic())
-        return True
+
+    def _serving(self, version: str) -> None:
+        self.version = version
+        self.problem = ""
+        self.died = None  # from here on the log has the outage's clock
+        if self.upgrading.phase is Phase.TAKING_OVER:
+            self.program = self.upgrading.serving()
+            self.say(f"upgraded to version {version}")
+        self._record()
+        self._tell({"ok": True})
+
+    def _tell(self, message: dict[str, object], fds: tuple[int, ...] = ()) -> None:
+        assert self.worker is not None
+        self.worker.tell(message, fds)
+
+    def _look(self, now: float) -> None:
+        """A killed worker that waits in the kernel for its storage (state D) cannot be reaped."""
+        assert self.worker is not None
+        self.look_at = now + LOOK_SECONDS
+        if not callers.is_leaving(self.worker.pid):
+            self.leaving = None
+        elif self.leaving is None:
+            self.leaving = now
+        elif not self.problem:
+            self._report(
+                f"the worker (pid {self.worker.pid}) was killed and cannot end: it waits in the"
+                " kernel for its storage, and another one takes over when that has answered;"
+                f" or give the disk up: healfs umount --force {self.mountpoint}"
+            )
+
+    def _worker_ended(self, now: float) -> int | None:
+        """None: another one is to be started."""
+        assert self.worker is not None
+        status = self.worker.reap()
+        self.worker = None
+        if status == 0:
+            self.systemd.stopping()
+            if self.connection and mount.connection_of(self.mountpoint) == self.connection:
+                self.say("the connection was aborted from outside: the mount is taken away")
+                self._abort()
+            return 0
+        if self.fuse < 0:
+            return status if status in (2, INTERRUPTED) else 1  # it has said why
+        terminated = self.kill_at is not None and status != HANDED_OVER
+        if not self._is_replaceable() or terminated:
+            self.say(f"the worker ended {how(status)}: {self.mountpoint} is taken away")
+            self._abort()
+            return 1
+        self.died = self.died or self.leaving or now
+        if self.upgrading.phase is Phase.ENDING_OLD:
+            self.upgrading.old_has_ended()
+        elif self.upgrading.phase is Phase.TAKING_OVER:
+            self.upgrading.candidate_has_died(status)
+            self.start_at = now
+        elif status == HANDED_OVER:  # to a candidate that has died meanwhile
+            self.start_at = now
+        else:
+            self._plan_restart(f"ended {how(status)}")
+        return None
+
+    def _plan_restart(self, what: str) -> None:
+        """One that dies before it has answered anything will do so again: not hammered."""
+        now = time.monotonic()
+        self.restarts += 1
+        if self.alive or now - self.started > LONGEST_PAUSE:
+            self.futile, self.pause = 0, 0.0
+            self.say(f"the worker {what}: another one is started")
+            self.systemd.status(f"the worker {what}: another one is started")
+        else:
+            self.futile += 1
+            self.pause = min(LONGEST_PAUSE, self.pause * 2 or FIRST_PAUSE)
+            self._report(
+                f"no worker runs: {self.futile} in a row {what} before anything was answered;"
+                f" the next one is started {self.pause:g} s after the last"
+            )
+        self.start_at = now + min(self.pause, self.heartbeat.limit)
+
+    def _report(self, problem: str) -> None:
+        """To the log, and to whoever asks for the status while no worker answers."""
+        self.problem = problem
+        self.say(problem)
+        self.systemd.status(problem)
+        self._record()
+
+    def _record(self) -> None:
+        if self.fuse < 0:
+            return
+        try:
+            self.claim.record(
+                mountpoint=self.mountpoint,
+                file=os.path.join(self.mountpoint, str(self.config["name"])),
+                source=str(self.config["source"]),
+                keeper=os.getpid(),
+                worker=0 if self.worker is None else self.worker.pid,
+                log=self.log,
+                version=self.version,
+                problem=self.problem,
+            )
+        except OSError as exc:
+            self.say(f"{exc.filename}: {exc.strerror}")
+
+    # --- the mount --------------------------------------------------------------------------
 
     def _mount(self) -> None:
         source = str(self.config["source"])
@@ -253,16 +384,6 @@ class Keeper:
         else:
             self._tell({"ok": True}, (self.fuse,))
 
-    def _record(self) -> None:
-        self.claim.record(
-            mountpoint=self.mountpoint,
-            file=os.path.join(self.mountpoint, str(self.config["name"])),
-            source=str(self.config["source"]),
-            keeper=os.getpid(),
-            worker=self.worker.pid,
-            log=self.log,
-        )
-
     def _unmount(self, lazy: bool) -> None:
         try:
             mount.unmount(self.mountpoint, lazy=lazy)
@@ -276,39 +397,23 @@ class Keeper:
         """Answer everybody with ECONNABORTED, by the kernel, and take the mount away."""
         if self.fuse < 0:
             return
-        number = mount.connection_of(self.mountpoint)
-        if number is not None:
-            with contextlib.suppress(OSError):
-                abort = os.open(f"/sys/fs/fuse/connections/{number}/abort", os.O_WRONLY)
-                os.write(abort, b"1")
-                os.close(abort)
+        if mount.abort(self.mountpoint):
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 mount.unmount(self.mountpoint, lazy=True)
         os.close(self.fuse)  # the last descriptor's end aborts the connection, too
         self.fuse = -1
 
-    def _worker_ended(self, status: int) -> int | None:
-        """None: another one is to be started."""
-        if status == 0:
-            self.systemd.stopping()
-            if self.connection and mount.connection_of(self.mountpoint) == self.connection:
-                self.say("the connection was aborted from outside: the mount is taken away")
-                self._abort()
-            return 0
-        if self.fuse < 0:
-            return status if status in (2, INTERRUPTED) else 1  # it has said why
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        if not self._is_replaceable() or self.kill_at is not None:
-            self.say(f"the worker ended with {how}: {self.mountpoint} is taken away")
-            self._abort()
+    def _too_late(self, now: float) -> int | None:
+        """It was told to end, and has not."""
+        assert self.worker is not None
+        if self.killed:
+            self.say(f"the worker (pid {self.worker.pid}) was killed and cannot end: it is left")
             return 1
-        # One that dies before it has answered anything will do so again: not hammered.
-        self.pause = 0.0 if self.alive else min(LONGEST_PAUSE, self.pause * 2 or FIRST_PAUSE)
-        self.restarts += 1
-        self.say(f"the worker ended with {how}: another one is started in {self.pause:g} s")
-        self.systemd.status(f"the worker ended with {how}: another one is started")
-        if self.pause:
-            select.select([self.wake], [], [], min(self.pause, self.heartbeat.limit))
+        self.say("the worker did not end in time: killed")
+        self.killed = True
+        self.kill_at = now + STOP_SECONDS
+        self._abort()
+        self.worker.kill()
         return None
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import trio
 
-PACKET = 1 << 16
+from healfs.daemon.children import PACKET
+
 SIGNAL_SECONDS = 5.0  # a signal that came to all is remembered for so long
 
 
@@ -36,6 +37,7 @@ class Parent:
         self._lock = trio.Lock()
         self._to_reply, self._replies = trio.open_memory_channel[tuple[dict[str, Any], int]](16)
         self.terminate = trio.Event()
+        self.hand_over = trio.Event()
         self.gone = trio.Event()
 
     async def heed_signals(self) -> None:
@@ -46,6 +48,17 @@ class Parent:
                 with trio.move_on_after(SIGNAL_SECONDS):
                     await self.gone.wait()
                     self.terminate.set()
+
+    async def wait_for_go(self) -> bool:
+        """A candidate's wait until it is the worker, with a new greeting; False: it is not."""
+        await trio.lowlevel.wait_readable(self._socket)
+        try:
+            packet = self._socket.recv(PACKET)
+        except OSError:
+            packet = b""
+        if packet:
+            self.greeting = json.loads(packet)
+        return bool(packet)
 
     async def listen(self) -> None:
         """Take the keeper's messages until it is gone."""
@@ -64,6 +77,8 @@ class Parent:
             message = json.loads(packet)
             if message.get("event") == "terminate":
                 self.terminate.set()
+            elif message.get("event") == "hand-over":
+                self.hand_over.set()
             else:
                 for fd in fds:
                     os.set_inheritable(fd, False)

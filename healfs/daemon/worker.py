@@ -14,12 +14,12 @@ import gc
 import json
 import logging
 import math
-import mmap
 import os
 import signal
 import socket
 import sys
 import time
+from functools import partial
 
 import pyfuse3
 import trio
@@ -31,15 +31,14 @@ from healfs.control import mounts, unflushed
 from healfs.control.server import ControlServer
 from healfs.core.engine import Engine
 from healfs.core.request import Request
-from healfs.core.ring import PAGE
 from healfs.core.states import State
-from healfs.core.writelog import WriteLog, memory_size
-from healfs.daemon import commands, fencing, log_file, sources
+from healfs.core.writelog import LayoutError
+from healfs.daemon import commands, fencing, log_file, sources, takeover
+from healfs.daemon.children import HANDED_OVER
 from healfs.daemon.parent import Parent, ParentError
 from healfs.daemon.report import INTERRUPTED, Report
 from healfs.daemon.turns import Turns
 from healfs.daemon.unmounting import UNMOUNT_SECONDS, Unmounting
-from healfs.fuse import wire
 from healfs.fuse.callers import Callers
 from healfs.fuse.channel import Channel
 from healfs.fuse.namespace import Namespace
@@ -68,7 +67,7 @@ class Worker:
             self,
             config.policy,
             time.monotonic,
-            _write_log(config, fds["memory"]),
+            takeover.write_log(config, fds["memory"]),
             slow_after=config.slow_after,
             settle=settle,
             fence=config.fence is not None,
@@ -83,6 +82,8 @@ class Worker:
         self._somebody_waits = trio.Event()
         self._account = unflushed.Account(parent.greeting["directory"])
         self._early_end = 1  # the exit status when it did not come to a mount
+        self.notes: list[str] = []  # of the system, for status
+        self.negotiated = trio.Event()  # what the kernel can, with the first worker
         self._alive = False  # something was answered, and the keeper told
         self.unmounting = Unmounting(self)
 
@@ -134,8 +135,9 @@ class Worker:
             status = await self._mount()
             if status is None:
                 nursery.start_soon(self.unmounting.on_request_of_the_keeper)
+                nursery.start_soon(takeover.hand_over, self)
                 await self._serve()
-                status = 0
+                status = HANDED_OVER if self.parent.hand_over.is_set() else 0
             nursery.cancel_scope.cancel()
         with trio.move_on_after(UNMOUNT_SECONDS):
             await self.backend.aclose()
@@ -191,16 +193,17 @@ class Worker:
         return None
 
     def _take_over(self) -> None:
-        """An earlier worker has died: its mount is mounted, its log is in the memory."""
+        """An earlier worker has ended: its mount is mounted, its log is in the memory."""
+        greeting = self.parent.greeting
         self.backend.resumed()
-        self.engine.take_over()
+        self.engine.take_over(greeting["died"])
         saved = self.engine.frontend
         if saved.get("geometry") is not None:
             self.geometry = Geometry(**saved["geometry"])
         self._open_channel(self.fuse)
         if "namespace" in saved:
             self.namespace.load(saved["namespace"])
-        self.channel.resume(bytes.fromhex(self.parent.greeting["init"]))
+        self.channel.resume(*(bytes.fromhex(greeting[key]) for key in ("init", "init_reply")))
 
     def _geometry(self) -> dict[str, object] | None:
         return None if self.geometry is None else dataclasses.asdict(self.geometry)
@@ -217,7 +220,7 @@ class Worker:
             read_only=read_only,
         )
         self.channel.turn = Turns(self.channel, self.backend, self.commit).run
-        self.channel.on_init = self._save_init
+        self.channel.on_init = partial(takeover.save_init, self)
         self.channel.on_interrupt = self._interrupted
         self.channel.on_held = self._held
         self.namespace = Namespace(self.config.name, self.engine.size, read_only=read_only)
@@ -258,30 +261,28 @@ class Worker:
             nursery.start_soon(self._probe)
             nursery.start_soon(self.control.serve, self.listener)
             nursery.start_soon(self._until_unmounted)
-            self._report_ready()
+            nursery.start_soon(self._report_ready)
             await self.unmounting.ended.wait()
             nursery.cancel_scope.cancel()
         self.channel.close()
 
-    def _report_ready(self) -> None:
-        if restarts := self.parent.greeting["restarts"]:
-            log.info("worker %d of this mount", restarts + 1)
+    async def _report_ready(self) -> None:
+        resuming = self.channel.resuming
+        await (self.negotiated if resuming is None else resuming).wait()
+        with contextlib.suppress(ParentError):
+            await self.parent.ask({"do": "serving", "version": __version__})
+        if resuming is not None:
+            log.info("version %s took over", __version__)
             return
         file = os.path.join(self.config.mountpoint, self.config.name)
         geometry = self.geometry
-        notes = geometry.notes if geometry else ()
+        notes = (*(geometry.notes if geometry else ()), *self.notes)
         off = ""
         if geometry and not (geometry.can_flush and geometry.volatile_cache):
             off = commands.why_no_log(geometry)
         self.report.ready(file, notes, off)
         self.parent.tell({"do": "ready"})
         log.info("mounted %s on %s, %d bytes", self.config.source, file, self.engine.size)
-
-    def _save_init(self, request: bytes, reply: bytes) -> None:
-        resend = wire.offers_resend(request)
-        self.parent.tell({"do": "init", "request": request.hex(), "resend": resend})
-        if not resend:
-            log.warning("this kernel is older than 6.9: the death of the worker is not survived")
 
     # --- tasks ------------------------------------------------------------------------------
 
@@ -452,18 +453,6 @@ class Worker:
         return bool(requests["parked"] > 0)
 
 
-def _write_log(config: MountConfig, fd: int) -> WriteLog:
-    """In the keeper's memfd, which outlives this process."""
-    size = memory_size(config.log_size, config.log_entries)
-    if os.fstat(fd).st_size == 0:
-        os.ftruncate(fd, size)
-    # Populated: a SIGKILL while the kernel copies a payload into a page that is not there yet
-    # would make the guest see EIO.
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    memory = memoryview(mmap.mmap(fd, size, flags=flags))
-    return WriteLog(memory, config.log_entries, wire.MAX_WRITE + PAGE)
-
-
 def main() -> int:
     fds = json.loads(sys.argv[1])
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
@@ -482,11 +471,17 @@ def main() -> int:
 async def _main(fds: dict[str, int]) -> int:
     parent = Parent(fds["keeper"])
     log_file.set_up(str(parent.greeting["log"]))
-    config = MountConfig.from_json(parent.greeting["config"])
+    if "package" in parent.greeting and not await takeover.wait_as_candidate(parent, fds["memory"]):
+        return 1
     with contextlib.ExitStack() as held:
         try:
+            takeover.check_protocol(parent.greeting)
+            config = MountConfig.from_json(parent.greeting["config"])
             held.enter_context(sources.exclusive(config))
             worker = Worker(config, parent, fds)
+        except LayoutError as exc:
+            log.error("this version of healfs cannot take over: %s", exc)
+            return 1
         except SourceError as exc:
             Report(fds["ready"]).error(str(exc), 2)
             return 2

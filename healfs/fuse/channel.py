@@ -19,7 +19,7 @@ import trio
 
 from healfs.core.request import Kind, Phase, Request
 from healfs.core.ring import PayloadRing
-from healfs.fuse import wire
+from healfs.fuse import negotiation, wire
 
 log = logging.getLogger("healfs.channel")
 
@@ -89,6 +89,7 @@ class Channel:
         self._read_count = 0
         self._opens: set[int] = set()  # uniques of OPEN requests, whose replies get flags
         self._init = b""
+        self._negotiated = b""  # the reply that it has had
         self._swallow: int | None = None  # unique of the INIT whose reply the kernel has had
         self.resuming: trio.Event | None = None  # set when all that came again was handed on
         self._greeted = trio.Event()  # pyfuse3 has answered it
@@ -117,8 +118,9 @@ class Channel:
                 await trio.lowlevel.checkpoint_if_cancelled()
             nursery.cancel_scope.cancel()
 
-    def resume(self, init: bytes) -> None:
-        """It is mounted already: `init` is the INIT request that an earlier worker saved."""
+    def resume(self, init: bytes, reply: bytes) -> None:
+        """It is mounted already: `init` and `reply` are what an earlier worker saved."""
+        self._negotiated = reply
         self._swallow = wire.IN_HEADER.unpack_from(init)[2]
         self.resuming = trio.Event()
         self._ours.send(init)
@@ -342,6 +344,9 @@ class Channel:
             _, error, unique = wire.OUT_HEADER.unpack_from(reply)
             if unique == self._swallow:
                 self._swallow = None
+                wire.for_healfs(reply)
+                if why := negotiation.difference(self._negotiated, bytes(reply)):
+                    log.warning("this worker goes on although %s", why)
                 self._greeted.set()
                 continue
             if unique in self._opens:

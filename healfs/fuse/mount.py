@@ -6,6 +6,7 @@ None of this touches the mounted file system itself.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import os
 import re
@@ -117,6 +118,21 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         message = " ".join(result.stderr.split())
         errno = 16 if "busy" in message else 1
         raise MountError(errno, f"cannot unmount {mountpoint}: {message}")
+
+
+def abort(mountpoint: str) -> bool:
+    """Have the kernel answer everybody with ECONNABORTED, whatever the daemon does; False: it is
+    not mounted."""
+    number = connection_of(mountpoint)
+    if number is None:
+        return False
+    with contextlib.suppress(OSError):
+        file = os.open(f"/sys/fs/fuse/connections/{number}/abort", os.O_WRONLY)
+        try:
+            os.write(file, b"1")
+        finally:
+            os.close(file)
+    return True
 
 
 def connection_of(mountpoint: str) -> int | None:

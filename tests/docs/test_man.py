@@ -24,7 +24,7 @@ from healfs.core.policy import Policy
 from healfs.core.ring import PAGE as PAGE_SIZE
 from healfs.core.states import State
 from healfs.core.writelog import RESERVED
-from healfs.daemon import fencing, heartbeat
+from healfs.daemon import fencing, heartbeat, keeper, takeover, upgrading
 from healfs.fuse.wire import MAX_WRITE
 from tests.docs import states
 
@@ -138,6 +138,16 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
     options = documented("mount")
     assert f"{2 * RESERVED} to {MAXIMUM_ENTRIES}" in options["--log-entries"]
     assert f"{2 * (MAX_WRITE + PAGE_SIZE)} bytes" in options["--log-size"]
+
+
+def test_the_limits_of_an_upgrade_are_those_of_the_code() -> None:
+    text = " ".join(section("HEALFS UPGRADE").split())
+    assert takeover.DRAIN_SECONDS == 2 and "at most two seconds for what is in flight" in text
+    assert upgrading.HAND_OVER_SECONDS == 5 and "not ended after five seconds" in text
+    assert upgrading.UPGRADE_SECONDS == 10 and "not reported within ten seconds" in text
+    assert (keeper.FIRST_PAUSE, keeper.LONGEST_PAUSE) == (0.1, 10)
+    assert "a pause, from 100 ms to ten seconds" in section("STATUS")
+    assert 2 * keeper.LOOK_SECONDS == 10 and "ten seconds or less" in SEMANTICS.read_text()
 
 
 def test_the_identity_keys_of_a_fence_are_there() -> None:
