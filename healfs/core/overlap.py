@@ -30,6 +30,17 @@ def _grid_of(length: int) -> int:
     return shift
 
 
+def joined(pieces: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """[offset, length] of these (start, end), without overlap, in order."""
+    found: list[list[int]] = []
+    for start, end in sorted(pieces):
+        if found and start <= sum(found[-1]):
+            found[-1][1] = max(sum(found[-1]), end) - found[-1][0]
+        else:
+            found.append([start, end - start])
+    return found
+
+
 class Overlap:
     """An index of ranges; empty ranges are in no cell and overlap nothing."""
 

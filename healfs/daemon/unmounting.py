@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from healfs.config import spans
+from healfs.core.overlap import joined
 from healfs.core.request import Kind, Request
 from healfs.core.states import State
 from healfs.daemon import commands
@@ -24,17 +24,6 @@ log = logging.getLogger("healfs.worker")
 UNMOUNT_SECONDS = 5.0
 RANGES_A_LINE = 100
 FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
-
-
-def _joined(pieces: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """[offset, length] of (start, end), without overlap, in order."""
-    joined: list[list[int]] = []
-    for start, end in sorted(pieces):
-        if joined and start <= sum(joined[-1]):
-            joined[-1][1] = max(sum(joined[-1]), end) - joined[-1][0]
-        else:
-            joined.append([start, end - start])
-    return joined
 
 
 class Unmounting:
@@ -137,7 +126,7 @@ class Unmounting:
             "unflushed": {
                 "requests": len(entries),
                 "bytes": length,
-                "ranges": _joined((entry.offset, entry.offset + entry.length) for entry in entries),
+                "ranges": joined((entry.offset, entry.offset + entry.length) for entry in entries),
             }
         }
 

@@ -157,6 +157,23 @@ def test_umount_says_what_went_with_a_killed_daemon(unflushed: Commands) -> None
     unflushed.nothing_left()
 
 
+def test_a_write_counts_from_before_its_answer(commands: Commands, memory: NbdServer) -> None:
+    """Not only with the next beat: killed at once."""
+    assert commands.mount(memory.uri()).returncode == 0
+    pids = _status(commands)["pids"]
+    writer = Agent(commands.file)
+    try:
+        assert writer.ok("pwrite", 0, BLOCK) == 4096
+        os.kill(pids["keeper"], signal.SIGKILL)
+        os.kill(pids["worker"], signal.SIGKILL)
+        wait_until(lambda: not commands.processes(), "the end of both")
+        assert "up to 4 KiB in 1 requests" in commands.run("umount", commands.mountpoint).stderr
+    finally:
+        writer.kill()
+        writer.ended()
+    commands.nothing_left()
+
+
 def test_mount_clears_what_a_killed_daemon_left_and_says_so(
     unflushed: Commands, memory: NbdServer
 ) -> None:

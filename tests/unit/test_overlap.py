@@ -1,12 +1,13 @@
 """The index of ranges against a plain list."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from healfs.core.overlap import Overlap
+from healfs.core.overlap import Overlap, joined
 
 
 @dataclass(eq=False)
@@ -61,3 +62,13 @@ def test_removing_what_is_not_in_it_raises():
     with pytest.raises((KeyError, ValueError)):
         index.remove(Piece(0, 10))
     assert index.find(0, 1) == [piece]
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=12))
+def test_joined_ranges_are_the_same_bytes(pieces):
+    pieces = [(start, start + length) for start, length in pieces]
+    found = joined(pieces)
+    assert {b for s, e in pieces for b in range(s, e)} == {
+        b for s, n in found for b in range(s, s + n)
+    }
+    assert all(s + n < after for (s, n), (after, _) in itertools.pairwise(found))
