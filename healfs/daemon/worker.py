@@ -311,7 +311,8 @@ class Worker:
 
     def commit(self) -> None:
         """End of a batch of requests."""
-        self._count_unflushed()
+        if self.engine.writes_outstanding:
+            self._count_unflushed()  # when it is less, the next beat says so
         self.backend.commit()
         if not self._alive and any(self.engine.totals.requests):
             self._alive = True
