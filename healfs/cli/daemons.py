@@ -81,8 +81,8 @@ def clear(mount: Mount) -> str:
     if not requests:
         return "nothing is lost: all that it had answered was flushed"
     return (
-        f"up to {format_size(size)} in {requests} requests"
-        " that it had answered and not flushed may be lost"
+        f"at most {requests} requests ({format_size(size)})"
+        " that it had answered and not flushed are lost"
     )
 
 
