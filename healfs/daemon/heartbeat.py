@@ -5,8 +5,8 @@ keeper kills a worker that is silent for long, and its successor takes over: one
 systemd's watchdog would do instead is to kill the keeper, and the disk with it.
 
 So the watchdog is fed with each beat, and while the keeper does all that can be done about a
-worker: it was killed for its silence, or another one was started and has not beaten yet. Not fed,
-it ends a keeper that hangs itself.
+worker: it was killed and has not ended, or another one is about to be started, or was and has not
+beaten yet. Not fed, it ends a keeper that hangs itself.
 """
 
 from __future__ import annotations
@@ -46,13 +46,19 @@ class Heartbeat:
         # At most two periods a look: while this process was frozen, so was the worker.
         self.silent += min(now - self._looked, 2 * self.period)
         self._looked = now
-        if (self._was_killed or not self._has_beaten) and now - self._fed >= self.period:
-            self._feed(now)
+        if self._was_killed or not self._has_beaten:
+            self.none_runs(now)
         limit = self.limit if self._has_beaten else START_SECONDS
         if self._was_killed or self.silent < limit:
             return False
         self._was_killed = True
         return True
+
+    def none_runs(self, now: float) -> None:
+        """To be said now and then: there is no worker, or one that was killed and cannot end."""
+        self._looked = now
+        if now - self._fed >= self.period:
+            self._feed(now)
 
     def _feed(self, now: float) -> None:
         self._fed = now

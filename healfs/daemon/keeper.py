@@ -166,6 +166,7 @@ class Keeper:
             self.upgrading.asked()
         self.upgrading.turn(now)
         if self.worker is None:
+            self.heartbeat.none_runs(now)
             if now >= self.start_at:
                 self._start_worker()
             return None
@@ -178,7 +179,9 @@ class Keeper:
             self._look(now)
         if self.kill_at is not None:
             return self._too_late(now) if now >= self.kill_at else None
-        if self._is_replaceable() and self.heartbeat.hangs(now):
+        if self.leaving is not None:
+            self.heartbeat.none_runs(now)
+        elif self._is_replaceable() and self.heartbeat.hangs(now):
             self.say("the worker hangs: killed")
             self.worker.kill()
         return None
@@ -340,7 +343,7 @@ class Keeper:
                 f"no worker runs: {self.futile} in a row {what} before anything was answered;"
                 f" the next one is started {self.pause:g} s after the last"
             )
-        self.start_at = now + min(self.pause, self.heartbeat.limit)
+        self.start_at = now + self.pause
 
     def _report(self, problem: str) -> None:
         """To the log, and to whoever asks for the status while no worker answers."""
