@@ -8,11 +8,18 @@ from typing import Protocol
 
 import pytest
 
+from tests.backends.certificates import Authority
 from tests.mounts import HealfsMount
 
 
 class Mounter(Protocol):
     def __call__(self, source: str | Path, *options: str, name: str = ...) -> HealfsMount: ...
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA of a test's servers and clients."""
+    return Authority(tmp_path_factory.mktemp("tls") / "authority")
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def _use_key(context: ssl.SSLContext, path: str, username: str) -> None:
     context.verify_mode = ssl.CERT_NONE  # both prove that they have the key; no certificate
     # From 1.3 on a server may answer with a certificate all the same, which nobody would check.
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("kECDHEPSK:kDHEPSK")
+    context.set_ciphers("kECDHEPSK:kDHEPSK:!eNULL")
     context.set_psk_client_callback(lambda hint: (name, key))  # type: ignore[attr-defined]
 
 
@@ -244,10 +244,10 @@ class TlsSocket:
 
     async def readable(self) -> None:
         """As trio's wait_readable. ClosedResourceError when it was closed."""
-        if not self._pending():
+        if self._pending():
+            await trio.lowlevel.checkpoint()
+        elif self._raw.fileno() >= 0:
             await trio.lowlevel.wait_readable(self._raw)
-            return
-        await trio.lowlevel.checkpoint()
         if self._raw.fileno() < 0:
             raise trio.ClosedResourceError
 

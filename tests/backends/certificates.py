@@ -47,3 +47,13 @@ class Authority:
         new.replace(directory / f"{role}-cert.pem")
         request.unlink()
         extensions.unlink()
+
+    def revoke(self, directory: Path, *certificates: Path) -> None:
+        """A list of revoked certificates in the directory, over what was there."""
+        database, config = self.place / "index.txt", self.place / "ca.conf"
+        database.touch()
+        config.write_text(f"[ca]\ndefault_ca=x\n[x]\ndatabase={database}\ndefault_md=sha256\n")
+        signer = ("-config", config, "-cert", self.certificate, "-keyfile", self._key)
+        for certificate in certificates:
+            _openssl("ca", *signer, "-revoke", certificate)
+        _openssl("ca", *signer, "-gencrl", "-crldays", "3", "-out", directory / "ca-crl.pem")
