@@ -21,6 +21,7 @@ from healfs.backends.fault import FaultBackend
 from healfs.backends.file import FileBackend
 from healfs.backends.nbd import NbdBackend
 from healfs.core.request import Done, Kind, Request
+from tests.backends.certificates import Authority
 from tests.backends.conftest import Client, connected, make_request
 from tests.backends.nbd_servers import nbdkit, qemu_nbd
 
@@ -50,7 +51,13 @@ KINDS = [
     "aligned",
     "nbdkit",
     "qemu-nbd",
+    "qemu-nbd-tls",
 ]
+
+
+@pytest.fixture(scope="module")
+def certificates(authority: Authority) -> Path:
+    return authority.directory("contract", "server")
 
 
 @pytest.fixture(params=KINDS)
@@ -64,6 +71,12 @@ async def backend(
         if kind in ("nbdkit", "qemu-nbd"):
             server = nbdkit("file", str(image)) if kind == "nbdkit" else qemu_nbd(image)
             made = AlignedBackend(NbdBackend(stack.enter_context(server).uri()))
+        elif kind == "qemu-nbd-tls":
+            own: Path = request.getfixturevalue("certificates")
+            credentials = f"tls-creds-x509,id=tls0,dir={own},endpoint=server,verify-peer=no"
+            options = ("--object", credentials, "--tls-creds", "tls0")
+            secure = stack.enter_context(qemu_nbd(image, *options, tcp=True, tls=own))
+            made = AlignedBackend(NbdBackend(secure.uri()))
         elif kind.startswith("block"):
             device = request.getfixturevalue("loop_device")
             made = AlignedBackend(FileBackend(device, use_uring=kind == "block"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,18 @@ def _outage(disk: Control, server: NbdServer) -> None:
     server.start()
 
 
-def _through_outages(
-    tmp_path: Path, healfs_mount: Mounter, kind: str, outages: int, megabytes: int
+def through_outages(
+    tmp_path: Path,
+    healfs_mount: Mounter,
+    serve: Callable[[Path], NbdServer],
+    outages: int,
+    megabytes: int,
 ) -> None:
+    """fio finds what it wrote, on an image that `serve` serves and that dies so often."""
     path = tmp_path / "verified.img"
     with open(path, "xb") as file:
         file.truncate(megabytes * MIB)
-    with SERVERS[kind](path) as server:
+    with serve(path) as server:
         mount = healfs_mount(server.uri())
         with control(mount) as disk:
             load = _fio(mount.file, megabytes)
@@ -93,7 +98,7 @@ def _through_outages(
 def test_fio_verifies_through_three_outages(
     tmp_path: Path, healfs_mount: Mounter, kind: str
 ) -> None:
-    _through_outages(tmp_path, healfs_mount, kind, 3, 128)
+    through_outages(tmp_path, healfs_mount, SERVERS[kind], 3, 128)
 
 
 @pytest.mark.soak
@@ -102,7 +107,7 @@ def test_fio_verifies_through_three_outages(
 def test_fio_verifies_through_a_dozen_outages(
     tmp_path: Path, healfs_mount: Mounter, kind: str
 ) -> None:
-    _through_outages(tmp_path, healfs_mount, kind, 12, 768)
+    through_outages(tmp_path, healfs_mount, SERVERS[kind], 12, 768)
 
 
 # --- random operations against a model ---------------------------------------------------------
