@@ -30,7 +30,7 @@ def main(target: str, seconds: str, corpus: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(SEEDS[target]):
         (directory / f"seed{number}").write_bytes(seed)
-    arguments = (f"-max_total_time={seconds}", "-timeout=10", "-max_len=4096", "-rss_limit_mb=1024")
+    arguments = (f"-max_total_time={seconds}", "-timeout=60", "-max_len=4096", "-rss_limit_mb=1024")
     atheris.Setup([sys.argv[0], *arguments, f"-artifact_prefix={corpus}/", corpus], TARGETS[target])
     atheris.Fuzz()
 
