@@ -71,6 +71,8 @@ def status(worker: Worker) -> dict[str, Any]:
     notes = [*(geometry.notes if geometry else ()), *worker.notes]
     if unknown := worker.callers.unknown(worker.channel.held):
         notes.append(f"{unknown} waiting requests are of processes that cannot be named")
+    if worker.unlocked:
+        notes.append(worker.unlocked)
     if gone := worker.parent.gone.is_set():
         notes.append("the keeper is gone: the worker's death is not survived")
     write_log: Any = engine["write_log"]

@@ -52,9 +52,9 @@ def memory(config: MountConfig, fd: int) -> memoryview:
     return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
 
 
-def write_log(config: MountConfig, fd: int) -> WriteLog:
+def write_log(config: MountConfig, memory: memoryview) -> WriteLog:
     """Raises LayoutError."""
-    return WriteLog(memory(config, fd), config.log_entries, wire.MAX_WRITE + PAGE)
+    return WriteLog(memory, config.log_entries, wire.MAX_WRITE + PAGE)
 
 
 async def wait_as_candidate(parent: Parent, fd: int) -> bool:

@@ -33,7 +33,7 @@ from healfs.core.engine import Engine
 from healfs.core.request import Request
 from healfs.core.states import State
 from healfs.core.writelog import LayoutError
-from healfs.daemon import commands, fencing, log_file, sources, takeover
+from healfs.daemon import commands, fencing, log_file, memory_lock, sources, takeover
 from healfs.daemon.children import HANDED_OVER
 from healfs.daemon.parent import Parent, ParentError
 from healfs.daemon.report import INTERRUPTED, Report
@@ -63,11 +63,13 @@ class Worker:
         self.backend: Backend = sources.backend_for(config)
         self.geometry: Geometry | None = None
         settle = self.backend.settle if config.settle is None else config.settle
+        memory = takeover.memory(config, fds["memory"])
+        self.unlocked = memory_lock.lock(memory)
         self.engine = Engine(
             self,
             config.policy,
             time.monotonic,
-            takeover.write_log(config, fds["memory"]),
+            takeover.write_log(config, memory),
             slow_after=config.slow_after,
             settle=settle,
             fence=config.fence is not None,
