@@ -63,6 +63,7 @@ class Request:
         "origin",
         "owner",
         "phase",
+        "process",
         "record",
         "retry_at",
         "sent",
@@ -94,6 +95,7 @@ class Request:
         self.tag = tag  # the frontend's name for it (FUSE: the unique id)
         self.owner: Any = owner  # the frontend's own (the payload's slot, the caller)
         self.caller = 0  # thread id of who asked
+        self.process: int | None = None  # its process, as far as it was looked up
         # --- the engine's ---
         self.phase = Phase.NEW
         self.answered = False

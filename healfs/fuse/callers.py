@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from healfs.core.request import Request
 
@@ -60,14 +60,12 @@ class Callers:
     """The processes behind the requests that wait."""
 
     def __init__(self) -> None:
-        self._process: dict[int, int] = {}  # by unique
         self._of_thread: dict[int, int] = {}  # forgotten soon: numbers are used again
         self._looked = 0.0
 
     def note(self, request: Request) -> int:
         """Look up the process now, while its thread is still there."""
-        process = self._process.get(request.tag)
-        if process is None:
+        if request.process is None:
             thread = request.caller
             if time.monotonic() - self._looked > REMEMBERED:
                 self._of_thread, self._looked = {}, time.monotonic()
@@ -75,19 +73,18 @@ class Callers:
             if process is None:
                 process = process_of(thread) if thread else UNKNOWN
                 self._of_thread[thread] = process
-            self._process[request.tag] = process
-        return process
+            request.process = process
+        return request.process
 
     def leaving(self, held: Mapping[int, Request]) -> list[Request]:
-        """Those of the held requests whose caller is leaving; forgets the answered ones."""
+        """Those of the held requests whose caller is leaving."""
         self._of_thread, self._looked = {}, time.monotonic()
-        self._process = {tag: p for tag, p in self._process.items() if tag in held}
         by_process: dict[int, list[Request]] = {}
         for request in held.values():
             by_process.setdefault(self.note(request), []).append(request)
         by_process.pop(UNKNOWN, None)
         return [r for process, found in by_process.items() if is_leaving(process) for r in found]
 
-    def unknown(self, held: Iterable[int]) -> int:
+    def unknown(self, held: Mapping[int, Request]) -> int:
         """How many waiting requests nobody can be named for, for status."""
-        return sum(self._process.get(tag, -1) == UNKNOWN for tag in held)
+        return sum(request.process == UNKNOWN for request in held.values())
