@@ -41,8 +41,12 @@ class Parent:
         self.gone = trio.Event()
 
     async def heed_signals(self) -> None:
-        """The keeper gets SIGTERM and SIGINT, and says so; only without one they are ours."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        """The keeper gets them, and says so; only without one they are ours.
+
+        SIGABRT is that of systemd's watchdog, which ends a keeper that hangs.
+        """
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGABRT
+        with trio.open_signal_receiver(*numbers) as signals:
             async for _ in signals:
                 # Killed a moment ago, it may not be known to be gone yet.
                 with trio.move_on_after(SIGNAL_SECONDS):

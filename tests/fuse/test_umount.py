@@ -227,6 +227,18 @@ def test_without_a_keeper_the_signal_is_the_workers(
     assert "answered and not flushed: bytes 0-4095\n" in commands.log()
 
 
+def test_the_watchdogs_sigabrt_ends_a_keeper_and_not_the_worker_beside_it(
+    commands: Commands, image: Path
+) -> None:
+    """systemd sends it to both: the worker flushes and unmounts, once the keeper is gone."""
+    _mounted(commands, image)
+    pids = _pids(commands)
+    os.kill(pids["worker"], signal.SIGABRT)
+    os.kill(pids["keeper"], signal.SIGABRT)
+    commands.nothing_left(GENEROUS)
+    assert commands.log().count("asked to end") == 1
+
+
 def test_the_signal_that_goes_to_both_ends_it_once(commands: Commands, image: Path) -> None:
     _mounted(commands, image)
     pids = _pids(commands)
