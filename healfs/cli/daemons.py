@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from healfs.cli.output import CliError, bad_input
-from healfs.config import format_size
 from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
@@ -70,20 +69,10 @@ def detach(mountpoint: str) -> None:
 
 def clear(mount: Mount) -> str:
     """Take away what a daemon left that is gone; returns what is lost with it."""
-    account = unflushed.read(mount.directory)
+    lost = unflushed.loss(mount.directory)
     detach(mount.mountpoint)
     mounts.clear_dead(mount.directory)
-    if account is None:
-        return "what it had answered and not flushed is lost; how much is not known"
-    requests, size = account
-    if requests == unflushed.NO_LOG:
-        return "the backend cannot flush: what the guest wrote last may be lost"
-    if not requests:
-        return "nothing is lost: all that it had answered was flushed"
-    return (
-        f"at most {requests} requests ({format_size(size)})"
-        " that it had answered and not flushed are lost"
-    )
+    return lost
 
 
 class Processes:

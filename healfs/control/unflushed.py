@@ -1,7 +1,9 @@
 """How much would be lost if keeper and worker were killed now: two numbers beside the socket.
 
 The log itself is memory that goes with its processes. The worker counts in this account what is in
-the log, and what waits to be answered, so that it is never too small; `healfs umount` reads it.
+the log, and what waits to be answered, so that it is never too small.
+
+Standard library only: the keeper uses it.
 """
 
 from __future__ import annotations
@@ -46,3 +48,16 @@ def read(directory: str) -> tuple[int, int] | None:
     except (OSError, struct.error):
         return None
     return requests, size
+
+
+def loss(directory: str) -> str:
+    """What goes with the processes, for people."""
+    account = read(directory)
+    if account is None:
+        return "what was answered and not flushed is lost; how much is not known"
+    requests, size = account
+    if requests == NO_LOG:
+        return "the backend cannot flush: what was written last may be lost"
+    if not requests:
+        return "nothing is lost: all that was answered was flushed"
+    return f"at most {requests} requests ({size} bytes) that were answered and not flushed are lost"

@@ -28,7 +28,7 @@ import sys
 import time
 from typing import Any
 
-from healfs.control import mounts
+from healfs.control import mounts, unflushed
 from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program, how, readable
 from healfs.daemon.heartbeat import Heartbeat
 from healfs.daemon.sd_notify import SdNotify
@@ -314,6 +314,7 @@ class Keeper:
         terminated = self.kill_at is not None and status != HANDED_OVER
         if not self._is_replaceable() or terminated:
             self.say(f"the worker ended {how(status)}: {self.mountpoint} is taken away")
+            self._say_loss()
             self._abort()
             return 1
         self.died = self.died or self.leaving or now
@@ -406,6 +407,9 @@ class Keeper:
         os.close(self.fuse)  # the last descriptor's end aborts the connection, too
         self.fuse = -1
 
+    def _say_loss(self) -> None:
+        self.say(unflushed.loss(str(self.claim.directory)))
+
     def _too_late(self, now: float) -> int | None:
         """It was told to end, and has not."""
         assert self.worker is not None
@@ -413,6 +417,7 @@ class Keeper:
             self.say(f"the worker (pid {self.worker.pid}) was killed and cannot end: it is left")
             return 1
         self.say("the worker did not end in time: killed")
+        self._say_loss()
         self.killed = True
         self.kill_at = now + STOP_SECONDS
         self._abort()

@@ -147,7 +147,7 @@ def _kill_both(commands: Commands) -> None:
     wait_until(lambda: not commands.processes(), "the end of both")
 
 
-LOST = "at most 2 requests (8 KiB) that it had answered and not flushed are lost"
+LOST = "at most 2 requests (8192 bytes) that were answered and not flushed are lost"
 
 
 def test_umount_says_what_went_with_a_killed_daemon(unflushed: Commands) -> None:
@@ -157,6 +157,17 @@ def test_umount_says_what_went_with_a_killed_daemon(unflushed: Commands) -> None
     done = unflushed.run("umount", unflushed.mountpoint)
     assert done.returncode == 0 and done.stderr.endswith(f"cleared what it left; {LOST}\n")
     unflushed.nothing_left()
+
+
+def test_a_worker_that_hangs_at_the_end_is_killed_and_its_loss_is_said(
+    unflushed: Commands,
+) -> None:
+    wait_until(lambda: _account(unflushed) == (2, 8192), "the account")
+    pids = _status(unflushed)["pids"]
+    os.kill(pids["worker"], signal.SIGSTOP)
+    os.kill(pids["keeper"], signal.SIGTERM)
+    unflushed.nothing_left(GENEROUS)
+    assert "did not end in time" in unflushed.log() and LOST in unflushed.log()
 
 
 def test_a_write_counts_from_before_its_answer(commands: Commands, memory: NbdServer) -> None:
@@ -169,7 +180,7 @@ def test_a_write_counts_from_before_its_answer(commands: Commands, memory: NbdSe
         os.kill(pids["keeper"], signal.SIGKILL)
         os.kill(pids["worker"], signal.SIGKILL)
         wait_until(lambda: not commands.processes(), "the end of both")
-        assert "requests (4 KiB) that it" in commands.run("umount", commands.mountpoint).stderr
+        assert "requests (4096 bytes) that" in commands.run("umount", commands.mountpoint).stderr
     finally:
         writer.kill()
         writer.ended()
@@ -220,7 +231,7 @@ def test_nothing_is_lost_with_a_killed_daemon_when_all_was_flushed(
         wait_until(lambda: _account(commands) == (0, 0), "the account")
         _kill_both(commands)
         done = commands.run("umount", commands.mountpoint)
-        assert "nothing is lost: all that it had answered was flushed" in done.stderr
+        assert "nothing is lost: all that was answered was flushed" in done.stderr
     finally:
         writer.kill()
         writer.ended()
