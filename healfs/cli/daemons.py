@@ -69,9 +69,16 @@ def detach(mountpoint: str) -> None:
 
 def clear(mount: Mount) -> str:
     """Take away what a daemon left that is gone; returns what is lost with it."""
-    lost = unflushed.loss(mount.directory)
-    detach(mount.mountpoint)
-    mounts.clear_dead(mount.directory)
+    claimed = mounts.claim_dead(mount.directory)
+    if claimed is None and os.path.isdir(mount.directory):
+        # Nobody listened, but somebody has the lock: the mount is a new one, or soon will be.
+        raise CliError(f"{mount.mountpoint}: a daemon starts there just now; try again")
+    try:
+        lost = unflushed.loss(mount.directory)
+        detach(mount.mountpoint)
+    finally:
+        if claimed is not None:
+            claimed.release()
     return lost
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import click
 
 from healfs.cli.completion import MOUNTPOINT
-from healfs.cli.daemons import Processes, clear, connected, find
+from healfs.cli.daemons import Processes, clear, connected, detach, find
 from healfs.cli.output import CliError, error_line
 from healfs.config import format_size, spans
+from healfs.control import mounts, unflushed
 from healfs.control.client import CommandFailed, ControlError, connect
 from healfs.control.mounts import Mount
 
@@ -81,7 +82,9 @@ def _kill(mount: Mount) -> None:
                 os.kill(pid, signal.SIGKILL)
         abort(mount.mountpoint)  # a worker that cannot end keeps the connection open
         gone = processes.wait(_FORCE_SECONDS)
-    lost = clear(mount)
+    lost = unflushed.loss(mount.directory)
+    detach(mount.mountpoint)
+    mounts.clear_dead(mount.directory)
     if not gone:
         raise CliError(
             f"{mount.mountpoint}: unmounted, but the worker (pid {mount.worker}) was killed and"
@@ -93,18 +96,18 @@ def _kill(mount: Mount) -> None:
 def _tell(mount: Mount, answer: Any) -> None:
     """What is lost, and each kind of request that was answered with an error."""
     given_up = dict(answer.get("given_up") or {}) if isinstance(answer, dict) else {}
-    unflushed = given_up.pop("unflushed", None)
+    lost = given_up.pop("unflushed", None)
     parts = [
         f"{n.get('requests', 0)} {kind.replace('_', ' ')} ({format_size(n.get('bytes', 0))})"
         for kind, n in given_up.items()
     ]
-    if unflushed:
-        count, size = unflushed.get("requests", 0), format_size(unflushed.get("bytes", 0))
-        where = ", ".join(spans(unflushed.get("ranges") or [])[:_SHOWN])
-        more = f" and others, see {mount.log}" if len(unflushed["ranges"]) > _SHOWN else ""
+    if lost:
+        count, size = lost.get("requests", 0), format_size(lost.get("bytes", 0))
+        ranges = spans(lost.get("ranges") or [])
+        where = f", bytes {', '.join(ranges[:_SHOWN])}" if ranges else ""
+        more = f" and others, see {mount.log}" if len(ranges) > _SHOWN else ""
         error_line(
-            f"{mount.mountpoint}: given up, answered but not flushed: {count} ({size}),"
-            f" bytes {where}{more}"
+            f"{mount.mountpoint}: given up, answered but not flushed: {count} ({size}){where}{more}"
         )
     if parts:
         error_line(f"{mount.mountpoint}: given up, answered with an error: {', '.join(parts)}")

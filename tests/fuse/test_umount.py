@@ -239,11 +239,15 @@ def test_the_watchdogs_sigabrt_ends_a_keeper_and_not_the_worker_beside_it(
     assert commands.log().count("asked to end") == 1
 
 
-def test_the_signal_that_goes_to_both_ends_it_once(commands: Commands, image: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_the_signal_that_goes_to_both_ends_it_once(
+    commands: Commands, image: Path, name: str
+) -> None:
+    """systemd's SIGTERM, a terminal's Ctrl-C."""
     _mounted(commands, image)
     pids = _pids(commands)
-    os.kill(pids["worker"], signal.SIGTERM)
-    os.kill(pids["keeper"], signal.SIGTERM)
+    os.kill(pids["worker"], signal.Signals[name])
+    os.kill(pids["keeper"], signal.Signals[name])
     commands.nothing_left(GENEROUS)
     assert commands.log().count("asked to end") == 1 and "given up" not in commands.log()
 
@@ -267,7 +271,7 @@ def test_umount_clears_what_a_killed_daemon_left(commands: Commands, image: Path
     commands.nothing_left()
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_foreground_ends_with_a_signal(commands: Commands, image: Path, name: str) -> None:
     staying = commands.start("mount", image, commands.mountpoint, "--foreground")
     assert staying.stdout is not None
