@@ -7,7 +7,8 @@ call pwrite and pread, O_DIRECT, 4 KiB, one after the other:
     same        a write to the block that this thread has just written
 
 A number on standard input (a time, time.monotonic) asks for the gaps since then, as a JSON
-object: [until the first answer to anybody, the longest of a single caller], for each group.
+object: [until the first answer to anybody, the longest of a single caller], for each group. Only
+gaps that begin soon after it count: later a caller has come round to where it was.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -119,8 +121,8 @@ class Caller(threading.Thread):
 
     def run(self) -> None:
         buffer = mmap.mmap(-1, BLOCK)
-        part = DISK_BYTES // 2 // THREADS
-        first = self.number * part + (DISK_BYTES // 2 if self.same else 0)
+        part = DISK_BYTES // (THREADS + 1)
+        first = THREADS * part + self.number * BLOCK if self.same else self.number * part
         at = 0
         while True:
             os.pwrite(self.fd, buffer, first + at)
@@ -131,10 +133,10 @@ class Caller(threading.Thread):
                 self.answers.append(time.monotonic())
 
     def since(self, start: float) -> list[float]:
-        """The last answer before `start`, and all later ones."""
+        """From the last answer before `start` to the first AFTER seconds later."""
         answers = self.answers[:]
-        later = next((i for i, at in enumerate(answers) if at > start), len(answers))
-        return answers[max(0, later - 1) :]
+        first = max(0, bisect_right(answers, start) - 1)
+        return answers[first : bisect_right(answers, start + AFTER) + 1]
 
 
 def _longest_gap(times: list[float]) -> float:

@@ -30,20 +30,6 @@ def test_what_waits_in_an_outage_is_answered_by_the_successor(
     assert read == b"".join(bytes([number + 1]) * 4096 for number in range(4))
 
 
-def test_worker_and_server_killed_together(
-    server: NbdServer, healfs_mount: Mounter, agent: Opener
-) -> None:
-    mount = healfs_mount(server.uri())
-    writer = agent(mount.file)
-    writer.ok("pwrite", 0, b"A" * 4096)
-    server.kill()
-    mount.kill_worker()
-    server.start()
-    writer.ok("pwrite", 8192, b"B" * 4096)
-    assert writer.ok("pread", 0, 4096) == b"A" * 4096
-    writer.ok("fsync")
-
-
 def test_the_successor_has_the_policy_the_mode_and_the_pause(
     image: Path, healfs_mount: Mounter, agent: Opener
 ) -> None:

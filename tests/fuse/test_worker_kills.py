@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -158,19 +158,20 @@ class Kills:
 
 def _through_kills(
     mount: HealfsMount,
+    server: NbdServer | None,
     caller: str,
     points: KillPoints,
-    each: int,
-    server: NbdServer | None = None,
+    counts: tuple[int, int],
 ) -> None:
-    """`each` kills at random, and as many at each point there is."""
+    """`counts`: so many kills at random, and so many at each point there is."""
     rng = random.Random(caller)
     load = Load(mount.file, caller, points.directory)
     try:
         kills = Kills(mount, load, points)
-        for _ in range(each):
+        at_random, at_each = counts
+        for _ in range(at_random):
             kills.kill(rng.randrange(1, 1000))
-        for _ in range(max(1, each // 5)):
+        for _ in range(at_each):
             for name, count in IN_FLIGHT.items():
                 kills.at(name, count)
             for name, count in SUCCESSOR.items():
@@ -196,34 +197,36 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
-def _on_a_file(
-    large: Path, healfs_mount: Mounter, points: KillPoints, caller: str, each: int
-) -> None:
-    _through_kills(healfs_mount(large), caller, points, each)
-
-
-def _on_nbd(large: Path, healfs_mount: Mounter, points: KillPoints, caller: str, each: int) -> None:
+@contextlib.contextmanager
+def _mounted(
+    backend: str, large: Path, healfs_mount: Mounter
+) -> Iterator[tuple[HealfsMount, NbdServer | None]]:
+    if backend == "file":
+        yield healfs_mount(large), None
+        return
     # Not nbdkit: 1.32 dies by an assertion when a client goes amid a reply.
     with qemu_nbd(large, limit=3600) as server:
-        _through_kills(healfs_mount(server.uri(), "--settle", "1s"), caller, points, each, server)
+        yield healfs_mount(server.uri(), "--settle", "1s"), server
 
 
-ON = {"file": _on_a_file, "nbd": _on_nbd}
+BACKENDS = ["file", "nbd"]
 
 
 @pytest.mark.parametrize("caller", CALLERS)
-@pytest.mark.parametrize("backend", ON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fio_verifies_through_kills(
     large: Path, healfs_mount: Mounter, kill_points: KillPoints, backend: str, caller: str
 ) -> None:
-    ON[backend](large, healfs_mount, kill_points, caller, 5)
+    with _mounted(backend, large, healfs_mount) as (mount, server):
+        _through_kills(mount, server, caller, kill_points, (5, 1))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("caller", CALLERS)
-@pytest.mark.parametrize("backend", ON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fio_verifies_through_twenty_kills(
     large: Path, healfs_mount: Mounter, kill_points: KillPoints, backend: str, caller: str
 ) -> None:
-    ON[backend](large, healfs_mount, kill_points, caller, 20)
+    with _mounted(backend, large, healfs_mount) as (mount, server):
+        _through_kills(mount, server, caller, kill_points, (20, 20))
