@@ -103,6 +103,7 @@ def test_an_entry_refused_in_replay(
     writer, other = agent(mount.file), agent(mount.file)
     with control(mount) as disk:
         _write(writer)
+        server.set()  # its journal comes after its answer
         server.kill()
         assert len(server.dropped()) == COUNT
         server.initial = {"refuse": [[*REFUSED, errno.ENOSPC]]}
