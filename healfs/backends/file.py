@@ -226,7 +226,8 @@ class _Session:
         finally:
             self._busy = False
 
-    poll = commit
+    def poll(self) -> None:
+        self.commit()
 
     def _start(self) -> None:
         if self._alive and self.queue.unsubmitted():
