@@ -20,7 +20,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import disks, memory, standstill
+from tests.bench import crowd, disks, memory, recovery, standstill
 from tests.bench.load import DISK_BYTES, LOADS, PLAIN, Load
 
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -58,9 +58,11 @@ def groups(beside: Path | None, switch: str) -> list[Group]:
     logged_file = {"log on": disks.healfs_file(), "log and order off": disks.healfs_file("nolog")}
     logged_nbd = {"log on": disks.healfs_nbd(), "log and order off": disks.healfs_nbd("nolog")}
     file |= {"qemu-storage-daemon": disks.qemu_file, "nbdfuse": disks.nbdfuse_file}
+    file["limit"] = disks.limit
     nbd |= {"nbdfuse": disks.nbdfuse_nbd}
     return [
         Group("file", file, PLAIN),
+        Group("tmpfs", file, PLAIN, TMPFS),
         Group("nbd", nbd, PLAIN),
         Group("log-tmpfs", logged_file, COST, TMPFS),
         Group("log-nbd", logged_nbd, COST),
@@ -143,14 +145,58 @@ def print_standstill(name: str, kills: int) -> None:
     console.print(table)
 
 
+def print_recovery(outages: tuple[float, ...], times: int) -> None:
+    title = f"recovery: the server listens -> the first parked write is answered, {times} times, ms"
+    table = Table(title=title, title_justify="left")
+    table.add_column("outage")
+    for name in recovery.PEERS:
+        table.add_column(f"{name}, median", justify="right")
+        table.add_column("worst", justify="right")
+    for outage in outages:
+        cells = []
+        for peer in recovery.PEERS.values():
+            with _directory(None) as directory:
+                found = recovery.measure(peer, Path(directory), outage, times)
+            cells += [f"{statistics.median(found) * 1e3:,.1f}", f"{max(found) * 1e3:,.1f}"]
+        table.add_row(f"{outage:g} s", *cells)
+    console.print(table)
+
+
+def print_crowd() -> None:
+    with _directory(None) as directory:
+        let_go = crowd.release(Path(directory))
+    console.print("10,000 parked writes released")
+    console.print(f"  a second                       {let_go.released:,.0f}")
+    console.print(f"  a second, healthy              {let_go.healthy:,.0f}")
+    console.print(f"  longest absence of the loop    {let_go.longest_away * 1e3:.1f} ms")
+    for title, measure in (
+        ("a read, with entries in the log", crowd.with_log_entries),
+        ("a write, parked and released with", crowd.with_parked),
+    ):
+        with _directory(None) as directory:
+            found = measure(Path(directory))
+        console.print(f"CPU of the worker for {title}")
+        for count, seconds in found.items():
+            console.print(f"  {count:>6,}                         {seconds * 1e6:.1f} us")
+
+
+def print_idle() -> None:
+    with _directory(None) as directory:
+        share = crowd.idle(Path(directory))
+    console.print(f"{crowd.IDLE_MOUNTS} idle mounts: {share:.2%} of a core together")
+
+
 @click.command()
 @click.option(
     "--rows",
     default="",
-    help="Only rows (GROUP/LOAD, standstill-file, standstill-nbd, memory) that match this regex.",
+    help="Only rows (GROUP/LOAD, recovery, crowd, standstill-file, standstill-nbd, idle, memory) "
+    "that match this regex.",
 )
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=7, show_default=True)
 @click.option("--kills", default=10, show_default=True, help="Of the worker, for the standstill.")
+@click.option("--outages", default=5, show_default=True, help="Of each length, for the recovery.")
+@click.option("--minute", is_flag=True, help="Outages of 60 s, too.")
 @click.option("--seconds", default=2.0, show_default=True, help="One run of fio.")
 @click.option(
     "--beside",
@@ -159,7 +205,14 @@ def print_standstill(name: str, kills: int) -> None:
 )
 @click.option("--switch", default="", help="For healfs's worker: see switch/sitecustomize.py.")
 def main(
-    rows: str, rounds: int, kills: int, seconds: float, beside: Path | None, switch: str
+    rows: str,
+    rounds: int,
+    kills: int,
+    outages: int,
+    minute: bool,
+    seconds: float,
+    beside: Path | None,
+    switch: str,
 ) -> None:
     """Measure healfs beside qemu-storage-daemon's FUSE export and nbdfuse."""
     for group in groups(beside, switch):
@@ -168,9 +221,15 @@ def main(
         }
         if wanted:
             measure(group, wanted, rounds, seconds)
+    if re.search(rows, "recovery"):
+        print_recovery(recovery.OUTAGES + (60.0,) * minute, outages)
+    if re.search(rows, "crowd"):
+        print_crowd()
     for name in ("file", "nbd"):
         if re.search(rows, f"standstill-{name}"):
             print_standstill(name, kills)
+    if re.search(rows, "idle"):
+        print_idle()
     if re.search(rows, "memory"):
         print_memory()
 

@@ -64,10 +64,12 @@ def wait_for(holds: Callable[[], bool], what: str) -> None:
 
 
 @contextlib.contextmanager
-def nbdkit(directory: Path, *plugin: str | Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def nbdkit(
+    directory: Path, *plugin: str | Path, quiet: bool = False
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server and its NBD URI."""
     path = directory / "nbd.sock"
-    with process("nbdkit", "-f", "-U", path, *plugin) as server:
+    with process("nbdkit", "-f", "-U", path, *plugin, quiet=quiet) as server:
         uri = f"nbd+unix:///?socket={path}"
         wait_for(lambda: _answers(uri), "nbdkit")
         yield server, uri
@@ -97,14 +99,16 @@ def nbdkit_memory(directory: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def healfs_mount(source: str | Path, switch: str, tree: Path | None) -> Iterator[HealfsMount]:
+def healfs_mount(
+    source: str | Path, switch: str, tree: Path | None, *options: str
+) -> Iterator[HealfsMount]:
     """`switch` is for the worker (see switch/sitecustomize.py), `tree` another source tree."""
     # Safe path: else `python -m` finds the working directory before another source tree.
     paths = [str(path) for path in (SWITCH if switch else None, tree, ROOT) if path]
     changed = {"HEALFS_BENCH_SWITCH": switch, "PYTHONSAFEPATH": "1"}
     changed["PYTHONPATH"] = ":".join(paths)
     with mock.patch.dict(os.environ, changed):
-        mount = HealfsMount(source, limit=7200)
+        mount = HealfsMount(source, *options, limit=7200)
     with contextlib.closing(mount):
         yield mount
 
@@ -145,7 +149,7 @@ def qemu_file(directory: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _nbdfuse(directory: Path, uri: str) -> Iterator[Path]:
+def nbdfuse(directory: Path, uri: str) -> Iterator[Path]:
     mountpoint = directory / "mnt"
     mountpoint.mkdir()
     with process("nbdfuse", mountpoint / "disk.img", uri):
@@ -158,12 +162,28 @@ def _nbdfuse(directory: Path, uri: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def nbdfuse_nbd(directory: Path) -> Iterator[Path]:
-    with nbdkit_memory(directory) as uri, _nbdfuse(directory, uri) as file:
+    with nbdkit_memory(directory) as uri, nbdfuse(directory, uri) as file:
         yield file
 
 
 @contextlib.contextmanager
 def nbdfuse_file(directory: Path) -> Iterator[Path]:
     backing = backing_file(directory)
-    with nbdkit(directory, "file", backing) as (_, uri), _nbdfuse(directory, uri) as file:
+    with nbdkit(directory, "file", backing) as (_, uri), nbdfuse(directory, uri) as file:
         yield file
+
+
+@contextlib.contextmanager
+def limit(directory: Path) -> Iterator[Path]:
+    """What /dev/fuse allows: see limit.c."""
+    backing = backing_file(directory)
+    program, mountpoint = directory / "limit", directory / "mnt"
+    mountpoint.mkdir()
+    source = Path(__file__).parent / "limit.c"
+    subprocess.run(("gcc", "-O2", "-Wall", "-Werror", "-o", program, source), check=True)
+    with process(program, backing, mountpoint):
+        try:
+            wait_for(mountpoint.is_mount, "limit")
+            yield mountpoint / "disk.img"
+        finally:
+            subprocess.run(("umount", "-q", "-l", mountpoint), check=False)

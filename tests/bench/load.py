@@ -12,12 +12,14 @@ DISK_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Load:
-    """A fio job. `depth` is the queue depth; 1 is a synchronous caller."""
+    """A fio job. `depth` is the queue depth; 1 is a synchronous caller, or `threads` of them."""
 
     pattern: str  # fio's rw
     block: str
     depth: int
     options: tuple[str, ...] = ()
+    engine: str = "libaio"
+    threads: int = 1
 
     @property
     def writes(self) -> bool:
@@ -25,7 +27,7 @@ class Load:
 
     def run(self, file: Path, seconds: float) -> float:
         """Requests a second. Raises subprocess.SubprocessError when fio fails or hangs."""
-        engine = ("libaio", f"--iodepth={self.depth}") if self.depth > 1 else ("psync",)
+        engine = (self.engine, f"--iodepth={self.depth}") if self.depth > 1 else ("psync",)
         done = subprocess.run(
             (
                 *("fio", "--name=bench", f"--filename={file}", f"--size={DISK_BYTES}"),
@@ -34,7 +36,8 @@ class Load:
                 *engine[1:],
                 *("--time_based", f"--runtime={seconds}", "--ramp_time=300ms"),
                 *("--norandommap", "--randrepeat=0", "--invalidate=0", "--allow_file_create=0"),
-                *("--thread", "--output-format=json", *self.options),
+                *("--thread", f"--numjobs={self.threads}", "--group_reporting"),
+                *("--output-format=json", *self.options),
             ),
             capture_output=True,
             text=True,
@@ -47,26 +50,26 @@ class Load:
         return float(sum(job["read"]["iops"] + job["write"]["iops"] for job in jobs))
 
 
-RANDOM_READ = Load("randread", "4k", 32)
-RANDOM_WRITE = Load("randwrite", "4k", 32)
-SEQUENTIAL_READ = Load("read", "1m", 8)
-SEQUENTIAL_WRITE = Load("write", "1m", 8)
-READ_DEPTH_1 = Load("randread", "4k", 1)
-WRITE_FSYNC = Load("randwrite", "4k", 1, ("--fsync=1",))
-# A flush each 31 MiB: a log of 64 MiB needs none of its own, which come at half of it.
-RANDOM_WRITE_FLUSHED = Load("randwrite", "4k", 32, ("--fdatasync=7936",))
-SEQUENTIAL_WRITE_FLUSHED = Load("write", "1m", 8, ("--fdatasync=31",))
-
+FSYNC = ("--fsync=1",)
+MIXED = ("--rwmixread=70",)
 LOADS = {
-    "4k-randread-qd32": RANDOM_READ,
-    "4k-randwrite-qd32": RANDOM_WRITE,
-    "1m-read-qd8": SEQUENTIAL_READ,
-    "1m-write-qd8": SEQUENTIAL_WRITE,
-    "4k-randread-qd1": READ_DEPTH_1,
-    "4k-write-fsync-qd1": WRITE_FSYNC,
+    "4k-randread-qd32": Load("randread", "4k", 32),
+    "4k-randread-qd32-io_uring": Load("randread", "4k", 32, engine="io_uring"),
+    "4k-randwrite-qd32": Load("randwrite", "4k", 32),
+    "4k-randwrite-qd32-io_uring": Load("randwrite", "4k", 32, engine="io_uring"),
+    "4k-randrw-70-30-qd32": Load("randrw", "4k", 32, MIXED),
+    "4k-randread-16-threads": Load("randread", "4k", 1, threads=16),
+    "4k-randwrite-16-threads": Load("randwrite", "4k", 1, threads=16),
+    "4k-randread-qd1": Load("randread", "4k", 1),
+    "4k-randwrite-qd1": Load("randwrite", "4k", 1),
+    "1m-read-qd8": Load("read", "1m", 8),
+    "1m-write-qd8": Load("write", "1m", 8),
+    "4k-write-fsync-qd1": Load("randwrite", "4k", 1, FSYNC),
+    "4k-write-fsync-qd8": Load("randwrite", "4k", 8, FSYNC),
 }
 PLAIN = tuple(LOADS)
+# A flush each 31 MiB: a log of 64 MiB needs none of its own, which come at half of it.
 LOADS |= {
-    "4k-randwrite-qd32-flushed": RANDOM_WRITE_FLUSHED,
-    "1m-write-qd8-flushed": SEQUENTIAL_WRITE_FLUSHED,
+    "4k-randwrite-qd32-flushed": Load("randwrite", "4k", 32, ("--fdatasync=7936",)),
+    "1m-write-qd8-flushed": Load("write", "1m", 8, ("--fdatasync=31",)),
 }

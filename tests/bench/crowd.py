@@ -1,0 +1,134 @@
+"""Many requests at once: what each costs the worker, and how they are let go after an outage."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench import disks
+from tests.bench.load import DISK_BYTES, Load
+from tests.bench.recovery import Server
+from tests.fuse.control import Control, control
+from tests.mounts import HealfsMount
+
+CROWDS = (0, 1_000, 16_000)
+ROOM = ("--log-entries", "40000", "--log-size", "256M")  # 16,000 are less than half of it
+READS = 100_000
+IDLE_MOUNTS = 64
+IDLE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Release:
+    """Requests a second; seconds."""
+
+    released: float
+    healthy: float
+    longest_away: float  # the longest that a question to the event loop was not answered
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process has used, of all its threads."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+@contextlib.contextmanager
+def _fio(file: Path, pattern: str, count: int, depth: int) -> Iterator[subprocess.Popen[bytes]]:
+    with disks.process(
+        *("fio", "--name=crowd", f"--filename={file}", f"--size={DISK_BYTES}", "--direct=1"),
+        *(f"--rw={pattern}", "--bs=4k", "--ioengine=libaio", f"--iodepth={depth}"),
+        *(f"--number_ios={count}", "--norandommap", "--invalidate=0", "--allow_file_create=0"),
+        *("--io_size=1t", "--output=/dev/null"),
+    ) as running:
+        yield running
+
+
+def _run(file: Path, pattern: str, count: int, depth: int = 32) -> None:
+    with _fio(file, pattern, count, depth) as running:
+        running.wait(300)
+
+
+def with_log_entries(directory: Path) -> dict[int, float]:
+    """CPU seconds of a read, by entries in the log."""
+    found = {}
+    with disks.healfs_mount(disks.backing_file(directory), "", None, *ROOM) as mount:
+        worker = mount.status()["pids"]["worker"]
+        _run(mount.file, "randread", READS)  # the first ones pay for what is not there yet
+        for count in CROWDS:
+            have = mount.status()["write_log"]["requests"]
+            if count > have:
+                _run(mount.file, "randwrite", count - have)
+            before = cpu_seconds(worker)
+            _run(mount.file, "randread", READS)
+            found[count] = (cpu_seconds(worker) - before) / READS
+    return found
+
+
+def with_parked(directory: Path) -> dict[int, float]:
+    """CPU seconds of a write that is parked and released, by how many are."""
+    found = {}
+    with _disk(directory) as (server, mount, disk):
+        worker = mount.status()["pids"]["worker"]
+        for count in CROWDS[1:]:
+            server.kill()
+            disk.state("stalled")
+            before = cpu_seconds(worker)
+            with _fio(mount.file, "randwrite", count, count) as running:
+                disk.parked(count)
+                server.start()
+                running.wait(300)
+            found[count] = (cpu_seconds(worker) - before) / count
+    return found
+
+
+def release(directory: Path, count: int = 10_000) -> Release:
+    with _disk(directory) as (server, mount, disk):
+        healthy = Load("randwrite", "4k", 512).run(mount.file, 2.0)
+        server.kill()
+        disk.state("stalled")
+        with _fio(mount.file, "randwrite", count, count) as running:
+            disk.parked(count)
+            listened = server.start()
+            longest, left = 0.0, count
+            while left:
+                asked = time.monotonic()
+                left = disk.status()["requests"]["parked"]
+                longest = max(longest, time.monotonic() - asked)
+                time.sleep(0.01)  # each answer counts all that are parked
+            seconds = time.monotonic() - listened
+            running.wait(300)
+        return Release(count / seconds, healthy, longest)
+
+
+@contextlib.contextmanager
+def _disk(directory: Path) -> Iterator[tuple[Server, HealfsMount, Control]]:
+    server = Server(directory, DISK_BYTES)
+    server.start()
+    try:
+        source = f"nbd+unix:///?socket={server.path}"
+        with disks.healfs_mount(source, "", None, *ROOM) as mount, control(mount) as disk:
+            yield server, mount, disk
+            server.kill()
+            mount.umount(force=True, check=False)
+    finally:
+        server.kill()
+
+
+def idle(directory: Path) -> float:
+    """Of one core, that IDLE_MOUNTS mounts take together."""
+    with contextlib.ExitStack() as stack:
+        pids = []
+        for number in range(IDLE_MOUNTS):
+            image = directory / f"{number}.img"
+            image.write_bytes(bytes(1 << 20))
+            mount = stack.enter_context(disks.healfs_mount(image, "", None))
+            pids += mount.status()["pids"].values()
+        time.sleep(2.0)  # what is left to do after the mount
+        before = sum(map(cpu_seconds, pids))
+        time.sleep(IDLE_SECONDS)
+        return (sum(map(cpu_seconds, pids)) - before) / IDLE_SECONDS
