@@ -45,7 +45,9 @@ class Overlap:
     """An index of ranges; empty ranges are in no cell and overlap nothing."""
 
     def __init__(self) -> None:
-        self._grids: dict[int, dict[int, list[Range]]] = {}
+        # A cell holds a range, or a list of two and more: nearly all hold one, and ten thousand
+        # lists of one would be nearly a megabyte.
+        self._grids: dict[int, dict[int, Range | list[Range]]] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -63,9 +65,11 @@ class Overlap:
         for cell in (first,) if first == last else range(first, last + 1):
             items = grid.get(cell)
             if items is None:
-                grid[cell] = [item]
-            else:
+                grid[cell] = item
+            elif isinstance(items, list):
                 items.append(item)
+            else:
+                grid[cell] = [items, item]
         self._count += 1
 
     def add_alone(self, item: Range) -> bool:
@@ -80,7 +84,7 @@ class Overlap:
         grid = grids.get(_FINEST)
         if grid is None or cell in grid:
             return False
-        grid[cell] = [item]
+        grid[cell] = item
         self._count += 1
         return True
 
@@ -94,12 +98,14 @@ class Overlap:
         first, last = start >> shift, end - 1 >> shift
         for cell in (first,) if first == last else range(first, last + 1):
             items = grid[cell]
-            if len(items) == 1:
-                if items[0] is not item:
-                    raise ValueError("not in the index")
+            if items is item:
                 del grid[cell]
-            else:
+            elif isinstance(items, list):
                 items.remove(item)
+                if len(items) == 1:
+                    grid[cell] = items[0]
+            else:
+                raise ValueError("not in the index")
         self._count -= 1
         if not grid:
             del self._grids[shift]
@@ -113,15 +119,22 @@ class Overlap:
             first, last = start >> shift, end - 1 >> shift
             if first == last:
                 items = grid.get(first)
-                if items is not None:
+                if items is None:
+                    continue
+                if isinstance(items, list):
                     found += [x for x in items if x.start < end and start < x.end]
+                elif items.start < end and start < items.end:
+                    found.append(items)
                 continue
             cells: Iterable[int] = range(first, last + 1)
             if len(grid) < last - first:
                 cells = [cell for cell in grid if first <= cell <= last]
             seen: dict[int, Range] = {}
             for cell in cells:
-                for x in grid.get(cell, ()):
+                items = grid.get(cell)
+                if items is None:
+                    continue
+                for x in items if isinstance(items, list) else (items,):
                     if x.start < end and start < x.end:
                         seen[id(x)] = x
             found += seen.values()
