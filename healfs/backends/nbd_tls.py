@@ -256,16 +256,14 @@ class TlsSocket:
         return ended or bool(self._in.pending or self._tls.pending())
 
     def recv_into(self, view: memoryview) -> int:
+        if not self._pending():
+            self._fill()  # once: a server that sends records without data must not hold the loop
         filled = 0
-        while filled < len(view):
+        while filled < len(view) and self._pending():
             if self._failure is not None:
                 if filled:
                     break
                 raise self._failure
-            if not self._pending():
-                if filled:
-                    break
-                self._fill()
             try:
                 # A record at a time, of 16 KiB at most.
                 count: int = self._tls.read(len(view) - filled, view[filled:])  # type: ignore[assignment]
@@ -283,6 +281,8 @@ class TlsSocket:
         if self._out.pending:
             with suppress(OSError):
                 self._flush()
+        if not filled and not self._ended:
+            raise BlockingIOError(e.EAGAIN, "no whole record has come")
         return filled
 
     def recv(self, size: int) -> bytes:

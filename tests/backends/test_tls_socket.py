@@ -198,3 +198,32 @@ def test_garbage_after_data_is_an_error_after_the_data(directory: Path) -> None:
         with pytest.raises(SourceError) as caught:
             ours.recv_into(view)
         assert caught.value.errno == errno.EPROTO and "TLS failed" in str(caught.value)
+
+
+class Trickle:
+    """A socket that gives a byte at a time."""
+
+    def __init__(self, raw: socket.socket) -> None:
+        self._raw = raw
+        self.calls = 0
+        self.send, self.fileno, self.close = raw.send, raw.fileno, raw.close
+
+    def recv_into(self, view: memoryview) -> int:
+        self.calls += 1
+        return self._raw.recv_into(view[:1])
+
+
+def test_what_brings_no_data_does_not_hold_the_loop(directory: Path) -> None:
+    """Each wake-up reads once from the socket, whatever came of it."""
+    with connected(directory) as (ours, theirs):
+        ours._raw = trickle = Trickle(ours._raw)  # type: ignore[assignment]
+        theirs.sendall(b"data")
+        view = memoryview(bytearray(100))
+        for calls in range(1, 10_000):
+            try:
+                count = ours.recv_into(view)
+            except BlockingIOError:
+                assert trickle.calls == calls
+            else:
+                break
+        assert view[:count] == b"data" and trickle.calls > 20

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
+from healfs.backends import nbd_tls
 from healfs.backends.file import FileBackend
 from healfs.backends.nbd import NbdBackend
 from healfs.cli import exit_status
@@ -129,6 +130,7 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
         f"at most {limits.failed_retries_per_second} a second",
         f"{control.connections} at a time",
         f"that has {control.output_messages} messages",
+        f"{format_size(nbd_tls.SEND)} are encrypted",
     ):
         assert said in text, said
     assert format_duration(config.slow_after) == "5s" and "Five seconds without any" in text
