@@ -78,7 +78,7 @@ def clear(mount: Mount) -> str:
         detach(mount.mountpoint)
     finally:
         if claimed is not None:
-            claimed.release()
+            claimed.clear()
     return lost
 
 

@@ -23,6 +23,7 @@ VERBS = {
     "mount": "healfs.cli.mount:mount",
     "status": "healfs.cli.status:status",
     "list": "healfs.cli.status:list_",
+    "events": "healfs.cli.events:events",
     "policy": "healfs.cli.policy:policy",
     "reconnect": "healfs.cli.recovery:reconnect",
     "accept": "healfs.cli.recovery:accept",

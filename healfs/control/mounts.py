@@ -16,12 +16,15 @@ import os
 import socket
 import stat
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from healfs.control import unflushed
+from healfs.events import History
 
 MAXIMUM_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
+HISTORIES = 100  # of mountpoints that are mounted no more
 _MAXIMUM_RECORD = 65536
 
 
@@ -59,9 +62,31 @@ def log_path(mountpoint: str) -> Path:
     else:
         home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
         directory = Path(home) / "healfs"
+    return directory / f"{_words(mountpoint)}.log"
+
+
+def events_path(mountpoint: str) -> Path:
+    """The history of a canonical mountpoint, see healfs/events.py; it outlives the mount."""
+    return _runtime_path() / "events" / f"{_words(mountpoint)}.jsonl"
+
+
+def _words(mountpoint: str) -> str:
     # The hash tells /a-b from /a/b.
     words = mountpoint.strip("/").replace("/", "-")[-64:]
-    return directory / f"{words}-{_hash(mountpoint)[:8]}.log"
+    return f"{words}-{_hash(mountpoint)[:8]}"
+
+
+def drop_histories() -> None:
+    """Of mountpoints that are mounted no more, but for the newest."""
+    mounted = {events_path(mount.mountpoint).stem for mount in list_mounts()}
+    old: list[tuple[float, Path]] = []
+    for path in (_runtime_path() / "events").glob("*.jsonl"):
+        with contextlib.suppress(OSError):
+            if path.stem not in mounted:
+                old.append((path.stat().st_mtime, path))
+    for _, path in sorted(old)[:-HISTORIES]:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".old").unlink(missing_ok=True)
 
 
 def canonical(path: str | os.PathLike[str]) -> str:
@@ -182,6 +207,15 @@ class Claim:
         temporary.replace(self.directory / "mount.json")
         return mount
 
+    def clear(self) -> None:
+        """release(), of what a keeper that is gone has held; it could not tell of the end."""
+        if self.fd >= 0 and (mount := _read(str(self.directory))):
+            with contextlib.suppress(OSError):
+                history = History(events_path(mount.mountpoint))
+                data = {"reason": "the daemon was gone"}
+                history.add("HEALFS_UNMOUNTED", data, time.time())
+        self.release()
+
     def release(self) -> None:
         """Remove the directory and let go of the lock. Idempotent."""
         if self.fd < 0:
@@ -300,4 +334,4 @@ def claim_dead(directory: str) -> Claim | None:
 def clear_dead(directory: str) -> None:
     """Remove the run-time files of a keeper that is gone."""
     if claimed := claim_dead(directory):
-        claimed.release()
+        claimed.clear()

@@ -13,6 +13,7 @@ from healfs.control.server import Argument, CommandError, Peer, Verb
 from healfs.core.policy import Action, Policy, PolicyError
 from healfs.core.states import State
 from healfs.daemon.parent import UnmountError
+from healfs.events import KEPT
 
 if TYPE_CHECKING:
     from healfs.daemon.worker import Worker
@@ -66,6 +67,7 @@ def status(worker: Worker) -> dict[str, Any]:
             "used": worker.control.connected,
             "limit": worker.control.limits.connections,
         },
+        "events": {"limit": KEPT},
     }
     geometry = worker.geometry
     notes = [*(geometry.notes if geometry else ()), *worker.notes]
@@ -74,7 +76,7 @@ def status(worker: Worker) -> dict[str, Any]:
     if worker.unlocked:
         notes.append(worker.unlocked)
     if gone := worker.parent.gone.is_set():
-        notes.append("the keeper is gone: the worker's death is not survived")
+        notes.append("the keeper is gone: the worker's death is not survived, no event is kept")
     write_log: Any = engine["write_log"]
     if not write_log["enabled"]:
         write_log["reason"] = why_no_log(geometry)

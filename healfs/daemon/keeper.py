@@ -10,9 +10,10 @@ keeper.
 Messages on the socket to a worker are JSON objects, one a packet. From the worker:
 {"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "serving", "version": text},
 {"do": "init", "request": hex, "reply": hex, "resend": bool}, {"do": "alive"}, {"do": "ready"},
-{"do": "beat", "status": text}; the first three get a reply, {"ok": true} (a mount's with the
-descriptor) or {"error": text, "errno": n}. To the worker: a greeting, then {"event": "terminate"}.
-What an upgrade adds: see daemon/upgrading.py.
+{"do": "beat", "status": text}, {"do": "event", "event": name, "data": object, "time": seconds};
+the first three get a reply, {"ok": true} (a mount's with the descriptor) or {"error": text,
+"errno": n}. To the worker: a greeting, then {"event": "terminate"}. What an upgrade adds: see
+daemon/upgrading.py.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program
 from healfs.daemon.heartbeat import Heartbeat
 from healfs.daemon.sd_notify import SdNotify
 from healfs.daemon.upgrading import Phase, Upgrading
+from healfs.events import History, sentence, to_journal
 from healfs.fuse import callers, mount
 
 STOP_SECONDS = 5.0  # an orderly end takes at most this long
@@ -72,6 +74,7 @@ class Keeper:
         self.systemd = SdNotify()
         self.heartbeat = Heartbeat(self.systemd)
         self.upgrading = Upgrading(self)
+        self.end = ""  # why the mount ended, when nobody asked for it
 
     def run(self) -> int:
         """The exit status: 0 after an orderly unmount, 2 for bad input, else 1."""
@@ -87,7 +90,11 @@ class Keeper:
             except OSError as exc:
                 return self._refuse(f"{exc.filename or self.claim.directory}: {exc.strerror}", 1)
             _kernel_manners()
-            return self._serve()
+            self.history = History(mounts.events_path(self.mountpoint))
+            status = self._serve()
+            if self.connection is not None:
+                self.happened("HEALFS_UNMOUNTED", {"reason": self.end} if self.end else {})
+            return status
         finally:
             self.upgrading.close()
             self.claim.release()
@@ -132,6 +139,16 @@ class Keeper:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):
             os.write(2, f"{stamp} keeper: {text}\n".encode())
+
+    def happened(self, name: str, data: dict[str, Any], when: float | None = None) -> None:
+        """Keep an event, and tell the journal where that is the log."""
+        try:
+            event = self.history.add(name, data, time.time() if when is None else when)
+        except OSError as exc:
+            self.say(f"{exc.filename}: {exc.strerror}: the event {name} is not kept")
+            return
+        if self.log == "journal" and not to_journal(event, self.mountpoint):
+            self.say(sentence(event))
 
     def _serve(self) -> int:
         self.memory = os.memfd_create("healfs-log", os.MFD_CLOEXEC)
@@ -268,14 +285,17 @@ class Keeper:
             case "beat":
                 self.systemd.status(message["status"])
                 self.heartbeat.beat(time.monotonic())
+            case "event":
+                self.happened(message["event"], message["data"], message["time"])
 
     def _serving(self, version: str) -> None:
-        self.version = version
+        before, self.version = self.version, version
         self.problem = ""
         self.died = None  # from here on the log has the outage's clock
         if self.upgrading.phase is Phase.TAKING_OVER:
             self.program = self.upgrading.serving()
             self.say(f"upgraded to version {version}")
+            self.happened("HEALFS_UPGRADED", {"from": before, "to": version})
         self._record()
         self._tell({"ok": True})
 
@@ -306,14 +326,16 @@ class Keeper:
         if status == 0:
             self.systemd.stopping()
             if self.connection and mount.connection_of(self.mountpoint) == self.connection:
-                self.say("the connection was aborted from outside: the mount is taken away")
+                self.end = "the connection was aborted from outside"
+                self.say(f"{self.end}: the mount is taken away")
                 self._abort()
             return 0
         if self.fuse < 0:
             return status if status in (2, INTERRUPTED) else 1  # it has said why
         terminated = self.kill_at is not None and status != HANDED_OVER
         if not self._is_replaceable() or terminated:
-            self.say(f"the worker ended {how(status)}: {self.mountpoint} is taken away")
+            self.end = f"the worker ended {how(status)}"
+            self.say(f"{self.end}: {self.mountpoint} is taken away")
             self._say_loss()
             self._abort()
             return 1
@@ -344,6 +366,8 @@ class Keeper:
                 f"no worker runs: {self.futile} in a row {what} before anything was answered;"
                 f" the next one is started {self.pause:g} s after the last"
             )
+        if self.futile <= 1:  # the first of those that die in a row
+            self.happened("HEALFS_WORKER_RESTARTED", {"reason": what, "restarts": self.restarts})
         self.start_at = now + self.pause
 
     def _report(self, problem: str) -> None:
@@ -383,6 +407,8 @@ class Keeper:
             )
             self.connection = mount.connection_of(self.mountpoint)
             self._record()
+            mounts.drop_histories()
+            self.happened("HEALFS_MOUNTED", {"source": source})
         except (OSError, subprocess.TimeoutExpired) as exc:
             self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
         else:

@@ -174,6 +174,7 @@ class Upgrading:
             self._given_up.append(self._candidate)
         keeper = self._keeper
         keeper.say(f"upgrade with {self._program.interpreter} given up: {why}")
+        keeper.happened("HEALFS_UPGRADE_FAILED", {"reason": why})
         self._answer({"error": f"{why}; version {keeper.version} goes on"})
         self._end()
 

@@ -37,6 +37,7 @@ from healfs.daemon import commands, fencing, log_file, memory_lock, sources, tak
 from healfs.daemon.children import HANDED_OVER
 from healfs.daemon.parent import Parent, ParentError
 from healfs.daemon.report import INTERRUPTED, Report
+from healfs.daemon.telling import Telling
 from healfs.daemon.turns import Turns
 from healfs.daemon.unmounting import UNMOUNT_SECONDS, Unmounting
 from healfs.fuse.callers import Callers
@@ -76,6 +77,7 @@ class Worker:
             ambiguous=self.backend.ambiguous,
         )
         self.control = ControlServer(commands.verbs(self), version=__version__)
+        self.telling = Telling(parent, self.control)
         self.channel: Channel
         self.callers = Callers()
         self._connect_wanted = trio.Event()
@@ -121,8 +123,7 @@ class Worker:
             describe = sources.device_for(self.config.device).describe
             data = {"device": self.config.name, **data, "status": describe(errno)}
             self._somebody_waits.set()
-        log.info("event %s %s", name, json.dumps(data))
-        self.control.emit(name, data)
+        self.telling.event(name, data)
 
     # --- life -------------------------------------------------------------------------------
 
@@ -133,6 +134,7 @@ class Worker:
             nursery.start_soon(self.parent.listen)
             nursery.start_soon(self.parent.heed_signals)
             nursery.start_soon(self._beat)
+            nursery.start_soon(self.telling.run)
             nursery.start_soon(self._terminate_early, nursery.cancel_scope)
             status = await self._mount()
             if status is None:

@@ -80,8 +80,9 @@ class Commands:
         return mounts._processes(self.runtime)
 
     def run_files(self) -> list[str]:
-        """What is in the runtime directory, the logs apart."""
-        return [path.name for path in self.runtime.iterdir() if path.name != "log"]
+        """What is in the runtime directory, but for the logs and the histories, which stay."""
+        names = {path.name for path in self.runtime.iterdir()}
+        return sorted(names - {"log", "events"})
 
     def log(self) -> str:
         """What the daemons of this mountpoint logged."""

@@ -16,7 +16,6 @@ from tests.conftest import Mounter
 from tests.fuse.conftest import Opener
 from tests.fuse.conftest import pause as stop_server
 from tests.fuse.control import control
-from tests.fuse.test_takeover import _kill_worker
 from tests.lossy.rig import LossyServer
 from tests.mounts import HEALFS, HealfsMount
 
@@ -55,7 +54,7 @@ def test_what_was_answered_is_flushed_and_the_worker_may_die_meanwhile(
     assert lossy.dropped() == [] and image.read_bytes()[:4096] == BLOCK
     later.ask("pwrite", 8192, BLOCK)
     since = mount.status()["since"]
-    _kill_worker(mount)
+    mount.kill_worker()
     lossy.start()
     now = mount.wait_until(lambda s: s["totals"]["reconnects"] > 0 and s["requests"]["parked"])
     assert (now["state"], now["pause"], now["since"]) == ("paused", HELD, since)
@@ -146,7 +145,7 @@ def test_a_worker_that_dies_while_it_drains_leaves_the_disk_paused(
     writer.ask("pwrite", 4096, BLOCK)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     assert _verb(mount, "pause", "--timeout", "100ms").returncode == 1
-    _kill_worker(mount)
+    mount.kill_worker()
     lossy.resume()
     mount.wait_until(lambda s: s["totals"]["reconnects"] > 0 and s["requests"]["parked"] == 1)
     assert _paused(mount) == HELD | {"unflushed": 1} and not writer.answered
