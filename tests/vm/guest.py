@@ -58,7 +58,7 @@ class Guest:
         command = [
             *("setpriv", "--pdeathsig", "KILL"),
             *("qemu-system-x86_64", "-accel", "tcg", "-M", "q35", "-m", "256M", "-smp", "1"),
-            *("-nodefaults", "-no-user-config", "-display", "none"),
+            *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-kernel", str(kernel), "-initrd", str(initrd)),
             *("-append", f"console=ttyS0 loglevel=4 panic=-1 healfs.disk={NAMES[bus]}"),
             *("-chardev", f"file,id=console,path={self.console}", "-serial", "chardev:console"),
@@ -165,10 +165,24 @@ class Guest:
             monitor.settimeout(max(until - time.monotonic(), 0.001))
             yield json.loads(stream.readline())
 
+    def reset(self) -> None:
+        """The machine's reset button. QEMU answers, and resets, when the disk has answered."""
+        # It is started with -no-reboot, so that a panic of the guest ends it.
+        self.qmp("set-action", reboot="reset")
+        with contextlib.suppress(TimeoutError):
+            self.qmp("system_reset", deadline=1)
+
+    def gone(self, seconds: float) -> None:
+        """Until QEMU has ended; subprocess.TimeoutExpired `seconds` later."""
+        self._process.wait(seconds)
+
+    def kill(self) -> None:
+        self._process.kill()
+
     def power_off(self, timeout: float) -> None:
         """Let the guest end by itself; subprocess.TimeoutExpired if it does not."""
         self.send("poweroff")
-        self._process.wait(timeout)
+        self.gone(timeout)
 
     def stop(self) -> None:
         """Kill QEMU; harmless if it has ended. Bounded, though its threads may sit in D."""
