@@ -37,6 +37,13 @@ SUCCESSOR = {  # of a worker that has died
     "replay-flushed": 1,  # and flushed, and the log does not know of it
 }
 OUTAGE = {"outage": 2}  # tries to connect in vain
+STATES = {
+    "take-over": "stalled",
+    "resent": "stalled",
+    "replay": "replaying",
+    "replay-flushed": "replaying",
+    "outage": "stalled",
+}
 
 
 class KillPoints:
@@ -65,6 +72,7 @@ class KillPoints:
         found: dict[str, Any] = json.loads(self._reached.read_text().splitlines()[self._seen])
         self._seen += 1
         assert found["point"] == name
+        assert found["state"] == STATES.get(name, found["state"])
         return found
 
     @contextlib.contextmanager
