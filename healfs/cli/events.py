@@ -11,6 +11,7 @@ import click
 from rich.text import Text
 
 from healfs import events as history
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import Processes
 from healfs.cli.output import CliError, bad_input, console, fields
 from healfs.config import one_line
@@ -22,7 +23,7 @@ _STYLES = {history.CRITICAL: "red", history.ERROR: "red", history.WARNING: "yell
 
 
 @click.command()
-@click.argument("mountpoint")
+@click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--follow", is_flag=True, help="Go on with what happens, until it is unmounted.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
 def events(mountpoint: str, follow: bool, as_json: bool) -> None:
