@@ -71,7 +71,7 @@ class Child:
             socket.send_fds(self.socket, [json.dumps(message).encode()], fds)
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What it has said since the last time."""
+        """What it has said since the last time: objects with a `do`. It may be of any version."""
         while self._open:
             try:
                 packet = self.socket.recv(PACKET)
@@ -79,9 +79,11 @@ class Child:
                 return
             except OSError:
                 packet = b""
-            if packet:
-                yield json.loads(packet)
             self._open = bool(packet)
+            with contextlib.suppress(ValueError):
+                message = json.loads(packet)
+                if isinstance(message, dict) and "do" in message:
+                    yield message
 
     def descriptors(self) -> list[int]:
         """Readable when it has said something, or ended."""
@@ -93,6 +95,11 @@ class Child:
     def kill(self) -> None:
         with contextlib.suppress(OSError):
             self._process.kill()
+
+    def give_up(self) -> None:
+        """Kill it, and listen no more."""
+        self.kill()
+        self._open = False
 
     def reap(self) -> int:
         """Its status: negative for a signal."""

@@ -189,7 +189,10 @@ class Keeper:
             return None
         ended = self.worker.has_ended()  # asked first: nothing is said after that
         for message in self.worker.messages():
-            self._heard(message)
+            try:
+                self._heard(message)
+            except (KeyError, TypeError) as exc:  # nothing that it says ends the mount
+                self.say(f"not understood: {message['do']}: {exc!r}")
         if ended:
             return self._worker_ended(now)
         if now >= self.look_at:

@@ -122,9 +122,9 @@ class Upgrading:
 
     def _heard(self, message: dict[str, Any], now: float) -> None:
         if message["do"] == "unfit":
-            self.give_up(str(message["reason"]))
+            self.give_up(str(message.get("reason")))
         elif message["do"] == "fit" and self.phase is Phase.CHECKING:
-            self._version = str(message["version"])
+            self._version = str(message.get("version"))
             self.phase = Phase.ENDING_OLD
             self.deadline = now + HAND_OVER_SECONDS
             if self._keeper.worker is None:
@@ -170,7 +170,7 @@ class Upgrading:
     def give_up(self, why: str) -> None:
         """The old version goes on."""
         if self._candidate is not None:
-            self._candidate.kill()
+            self._candidate.give_up()
             self._given_up.append(self._candidate)
         keeper = self._keeper
         keeper.say(f"upgrade with {self._program.interpreter} given up: {why}")

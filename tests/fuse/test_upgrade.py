@@ -182,6 +182,14 @@ def _lacks_a_library(version: Version) -> None:
     version.change(WORKER, "import pyfuse3\n", "import pyfuse3_that_is_not_there\n")
 
 
+def _talks_nonsense(version: Version) -> None:
+    tell = 'parent.tell({"do": "fit", "version": healfs.__version__})'
+    said = [b"\xff", b"[1]", b"7", b'{"do": 1}', b"{", b'{"fit": 1}']
+    said.append(b'{"do": "unfit"}')
+    sends = "; ".join(f"parent._socket.send({words!r})" for words in said)
+    version.change("daemon/takeover.py", tell, sends)
+
+
 def _has_other_features(version: Version) -> None:
     version.change("fuse/wire.py", "flags2 | HAS_RESEND_FLAGS2)", "flags2 | HAS_RESEND_FLAGS2 | 1)")
 
@@ -205,6 +213,7 @@ def _knows_no_such_option(version: Version) -> None:
 REFUSED = {
     _exits: "it ended with status 7",
     _lacks_a_library: "it ended with status 1",
+    _talks_nonsense: "not upgraded: None; version",
     _has_other_features: "its FUSE features differ from the mount's (flags 0x100000000)",
     _has_another_layout: "the write log is of layout",
     _has_larger_records: "bytes of memory for the write log",
