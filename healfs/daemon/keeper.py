@@ -183,6 +183,10 @@ class Keeper:
             self.upgrading.asked()
         self.upgrading.turn(now)
         if self.worker is None:
+            if self.kill_at is not None and now >= self.kill_at:
+                self._say_loss()
+                self._abort()
+                return 1
             self.heartbeat.none_runs(now)
             if now >= self.start_at:
                 self._start_worker()
@@ -312,14 +316,17 @@ class Keeper:
         self.look_at = now + LOOK_SECONDS
         if not callers.is_leaving(self.worker.pid):
             self.leaving = None
-        elif self.leaving is None:
+            return
+        if self.leaving is None:
             self.leaving = now
-        elif not self.problem:
-            self._report(
-                f"the worker (pid {self.worker.pid}) was killed and cannot end: it waits in the"
-                " kernel for its storage, and another one takes over when that has answered;"
-                f" or give the disk up: healfs umount --force {self.mountpoint}"
-            )
+            return
+        problem = (
+            f"the worker (pid {self.worker.pid}) was killed and cannot end: it waits in the"
+            " kernel for its storage, and another one takes over when that has answered;"
+            f" or give the disk up: healfs umount --force {self.mountpoint}"
+        )
+        if problem != self.problem:
+            self._report(problem)
 
     def _worker_ended(self, now: float) -> int | None:
         """None: another one is to be started."""

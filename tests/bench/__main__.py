@@ -119,7 +119,13 @@ def print_memory() -> None:
     console.print(f"  a parked 4 KiB read      {found.parked_read:,.0f} bytes")
 
 
-def print_standstill(name: str, kills: int) -> None:
+STANDSTILLS = {
+    "standstill": ("the worker's death by kill -9", standstill.kill),
+    "upgrade": ("an upgrade", standstill.upgrade),
+}
+
+
+def print_standstill(name: str, what: str, ends: int) -> None:
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="healfs-bench-")))
         if name == "file":
@@ -130,9 +136,10 @@ def print_standstill(name: str, kills: int) -> None:
             memory_plugin = ("--threads=1", "memory", str(DISK_BYTES))
             _, source = stack.enter_context(disks.nbdkit(directory, *memory_plugin))
         mount = stack.enter_context(disks.healfs_mount(source, "", None))
-        with console.status(f"standstill of {name}, {kills} kills"):
-            found = standstill.measure(mount, kills)
-    title = f"{name}: I/O stands still for the worker's death, {kills} kills -9, seconds"
+        title, end = STANDSTILLS[what]
+        with console.status(f"{name}: {title}"):
+            found = standstill.measure(mount, ends, end)
+    title = f"{name}: I/O stands still for {title}, {ends} times, seconds"
     table = Table(title=title, title_justify="left")
     table.add_column("callers, 4 KiB, queue depth 4")
     for column in ("first answer, median", "worst", "longest wait of one, median", "worst"):
@@ -190,11 +197,16 @@ def print_idle() -> None:
 @click.option(
     "--rows",
     default="",
-    help="Only rows (GROUP/LOAD, recovery, crowd, standstill-file, standstill-nbd, idle, memory) "
+    help="Only rows (GROUP/LOAD, recovery, crowd, standstill-file, upgrade-nbd, idle, memory, ...) "
     "that match this regex.",
 )
 @click.option("--rounds", default=7, show_default=True)
-@click.option("--kills", default=10, show_default=True, help="Of the worker, for the standstill.")
+@click.option(
+    "--kills",
+    default=10,
+    show_default=True,
+    help="Of the worker, and upgrades, for the standstill.",
+)
 @click.option("--outages", default=5, show_default=True, help="Of each length, for the recovery.")
 @click.option("--minute", is_flag=True, help="Outages of 60 s, too.")
 @click.option("--seconds", default=2.0, show_default=True, help="One run of fio.")
@@ -225,9 +237,10 @@ def main(
         print_recovery(recovery.OUTAGES + (60.0,) * minute, outages)
     if re.search(rows, "crowd"):
         print_crowd()
-    for name in ("file", "nbd"):
-        if re.search(rows, f"standstill-{name}"):
-            print_standstill(name, kills)
+    for what in STANDSTILLS:
+        for name in ("file", "nbd"):
+            if re.search(rows, f"{what}-{name}"):
+                print_standstill(name, what, kills)
     if re.search(rows, "idle"):
         print_idle()
     if re.search(rows, "memory"):

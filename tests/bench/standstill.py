@@ -1,4 +1,4 @@
-"""How long I/O stands still when the worker dies: kill -9 of it, again and again, under load.
+"""How long I/O stands still when the worker dies, or is upgraded, again and again, under load.
 
 `python -m tests.bench.standstill FILE` is the load, a process of its own. Threads of two groups
 call pwrite and pread, O_DIRECT, 4 KiB, one after the other:
@@ -34,7 +34,7 @@ from tests.mounts import ROOT, HealfsMount
 
 BLOCK = 4096
 THREADS = 4  # in each group
-BEFORE, AFTER = 0.5, 1.5  # seconds of load before a kill, and after it, besides the settle time
+BEFORE, AFTER = 0.5, 1.5  # seconds of load before an end, and after it, besides the settle time
 DEADLINE = 60.0  # seconds
 GROUPS = {  # and what the table calls them
     "elsewhere": "reads and writes elsewhere",
@@ -46,25 +46,33 @@ Gaps = dict[str, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Standstill:
-    """Seconds, one figure a kill: first answer, and longest wait of a caller, by group."""
+    """Seconds, one figure an end: first answer, and longest wait of a caller, by group."""
 
     first: dict[str, list[float]]
     longest: dict[str, list[float]]
 
 
-def measure(mount: HealfsMount, kills: int) -> Standstill:
+def kill(mount: HealfsMount) -> None:
+    os.kill(int(mount.status()["pids"]["worker"]), signal.SIGKILL)
+
+
+def upgrade(mount: HealfsMount) -> None:
+    """To the same version, which is as good as another one."""
+    mount.run("upgrade", str(mount.mountpoint), timeout=DEADLINE)
+
+
+def measure(mount: HealfsMount, ends: int, end: Callable[[HealfsMount], None]) -> Standstill:
     found = Standstill({group: [] for group in GROUPS}, {group: [] for group in GROUPS})
     settle = float(mount.status()["settle"])
     with _load(mount.file) as gaps:
-        for _ in range(kills):
+        for _ in range(ends):
             time.sleep(BEFORE)
-            worker = int(mount.status()["pids"]["worker"])
-            killed = time.monotonic()
-            os.kill(worker, signal.SIGKILL)
+            began = time.monotonic()
+            end(mount)
             # Asked for when it is over: a status is a process of its own, and takes a core.
             time.sleep(settle + AFTER)
             _until_ready(mount)
-            for group, (first, longest) in gaps(killed).items():
+            for group, (first, longest) in gaps(began).items():
                 found.first[group].append(first)
                 found.longest[group].append(longest)
     return found

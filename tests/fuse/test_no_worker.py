@@ -180,6 +180,25 @@ def test_umount_force_with_a_stuck_worker_aborts_the_connection(
     commands.nothing_left(GENEROUS)
 
 
+def test_an_upgrade_of_a_worker_that_cannot_end_is_given_up(
+    held_store: HeldStore, healfs_mount: Mounter, agent: Opener, tmp_path: Path
+) -> None:
+    """It is told to make room, then killed, and is still there."""
+    mount = healfs_mount(held_store.path)
+    before = mount.status()
+    caller = agent(mount.file)
+    held = held_store.held()
+    caller.ask("fsync")
+    wait_until(lambda: held_store.held() > held, "the fsync in the store")
+    upgrading = Version(tmp_path / "version").start_upgrade(mount)
+    _, wrong = upgrading.communicate(timeout=60)
+    assert upgrading.returncode == 1 and "the old worker was killed and cannot end" in wrong
+    assert mount.processes().count(before["pids"]["worker"]) == 1
+    held_store.release()
+    assert not caller.answer().errno
+    assert mount.status()["version"] == before["version"]
+
+
 def test_sigterm_with_a_stuck_worker_ends_the_keeper(
     commands: Commands, held_store: HeldStore
 ) -> None:

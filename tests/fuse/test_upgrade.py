@@ -17,7 +17,7 @@ from tests.fuse.conftest import Opener
 from tests.fuse.test_verify import _fio
 from tests.mounts import HEALFS, ROOT, HealfsMount
 
-MEGABYTES = 256
+MEGABYTES, SOAK_MEGABYTES = 256, 1536
 BLOCK = b"x" * 4096
 SECONDS = 60  # for `healfs upgrade`, whose own limits are ten seconds each
 
@@ -86,8 +86,10 @@ def _done(mount: HealfsMount) -> int:
     return int(totals["write"]["requests"] + totals["read"]["requests"])
 
 
-def _verify_through_upgrades(mount: HealfsMount, versions: list[Version]) -> None:
-    load = _fio(mount.file, MEGABYTES)
+def _verify_through_upgrades(
+    mount: HealfsMount, versions: list[Version], megabytes: int = MEGABYTES
+) -> None:
+    load = _fio(mount.file, megabytes)
     try:
         for version in versions:
             wait_until(lambda: _done(mount) > 100 or load.poll() is not None, "I/O", 60)
@@ -167,6 +169,42 @@ def test_the_version_that_took_over_is_started_again_when_it_dies(
     status = mount.status()
     assert status["version"] == version.number and status["pids"]["worker"] != old
     assert mount.run("list", "--json").stdout.count(f'"version": "{version.number}"') == 1
+
+
+def test_the_old_worker_dies_while_the_new_one_is_looked_at(
+    image: Path, healfs_mount: Mounter, agent: Opener, version: Version
+) -> None:
+    """Another old one is started at once, and makes room in its turn."""
+    mount = healfs_mount(image)
+    old = mount.status()["pids"]["worker"]
+    writer = agent(mount.file)
+    looks = "    reason = await _unfit("
+    version.change("daemon/takeover.py", looks, "    await trio.sleep(3)\n" + looks)
+    upgrading = version.start_upgrade(mount)
+    wait_until(lambda: len(mount.processes()) == 4, "the candidate")
+    os.kill(old, 9)
+    assert writer.ok("pwrite", 0, BLOCK) == 4096
+    _, wrong = upgrading.communicate(timeout=SECONDS)
+    assert upgrading.returncode == 0, wrong
+    status = mount.status()
+    assert (status["version"], status["worker_restarts"]) == (version.number, 1)
+    assert writer.ok("pread", 0, 4096) == BLOCK
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["file", "nbd"])
+def test_fio_verifies_through_ten_upgrades(
+    tmp_path: Path, large: Path, healfs_mount: Mounter, kind: str
+) -> None:
+    versions = [Version(tmp_path / number, number) for number in ("9.1", "9.2")] * 5
+    with open(large, "r+b") as file:
+        file.truncate(SOAK_MEGABYTES << 20)
+    if kind == "file":
+        _verify_through_upgrades(healfs_mount(large), versions, SOAK_MEGABYTES)
+    else:
+        with nbdkit("file", str(large)) as server:
+            _verify_through_upgrades(healfs_mount(server.uri()), versions, SOAK_MEGABYTES)
 
 
 # --- versions that do not fit, or do not come up ------------------------------------------------
