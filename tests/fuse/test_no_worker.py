@@ -180,6 +180,7 @@ def test_umount_force_with_a_stuck_worker_aborts_the_connection(
     commands.nothing_left(GENEROUS)
 
 
+@pytest.mark.soak
 def test_an_upgrade_of_a_worker_that_cannot_end_is_given_up(
     held_store: HeldStore, healfs_mount: Mounter, agent: Opener, tmp_path: Path
 ) -> None:
