@@ -25,6 +25,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,23 +53,31 @@ class Standstill:
     longest: dict[str, list[float]]
 
 
-def kill(mount: HealfsMount) -> None:
-    os.kill(int(mount.status()["pids"]["worker"]), signal.SIGKILL)
+def kill(mount: HealfsMount) -> float:
+    """Returns when (time.monotonic)."""
+    worker = int(mount.status()["pids"]["worker"])
+    now = time.monotonic()
+    os.kill(worker, signal.SIGKILL)
+    return now
 
 
-def upgrade(mount: HealfsMount) -> None:
-    """To the same version, which is as good as another one."""
+def upgrade(mount: HealfsMount) -> float:
+    """To the same version, which is as good as another one. Returns when the old one, with
+    nothing in flight any more, made room: a good while after the command began."""
     mount.run("upgrade", str(mount.mountpoint), timeout=DEADLINE)
+    log = Path(mount.status()["log"]).read_text().splitlines()
+    words = next(line for line in reversed(log) if "made room" in line).split()
+    stamp = datetime.fromisoformat(f"{words[0]}T{words[1].replace(',', '.')}").timestamp()
+    return time.monotonic() - (time.time() - stamp) + 0.001  # the log has whole milliseconds
 
 
-def measure(mount: HealfsMount, ends: int, end: Callable[[HealfsMount], None]) -> Standstill:
+def measure(mount: HealfsMount, ends: int, end: Callable[[HealfsMount], float]) -> Standstill:
     found = Standstill({group: [] for group in GROUPS}, {group: [] for group in GROUPS})
     settle = float(mount.status()["settle"])
     with _load(mount.file) as gaps:
         for _ in range(ends):
             time.sleep(BEFORE)
-            began = time.monotonic()
-            end(mount)
+            began = end(mount)
             # Asked for when it is over: a status is a process of its own, and takes a core.
             time.sleep(settle + AFTER)
             _until_ready(mount)
