@@ -188,12 +188,13 @@ class Guest:
         """Kill QEMU; harmless if it has ended. Bounded, though its threads may sit in D."""
         self._limit.cancel()
         self._process.kill()
+        assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.wait(10)
             self._reader.join(10)
+            # Not of a QEMU that has not ended: this waits for the reader.
+            self._process.stdout.close()
         finally:
-            for pipe in (self._process.stdin, self._process.stdout):
-                assert pipe is not None
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._directory.cleanup()
