@@ -8,12 +8,28 @@ from typing import Protocol
 
 import pytest
 
+from healfs import compiled
 from tests.backends.certificates import Authority
 from tests.mounts import HealfsMount
 
 
 class Mounter(Protocol):
     def __call__(self, source: str | Path, *options: str, name: str = ...) -> HealfsMount: ...
+
+
+def pytest_report_header() -> str:
+    return (
+        f"healfs: plain Python: {compiled.why_plain}" if compiled.why_plain else "healfs: compiled"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Some tests reach into what is compiled: make test runs them with HEALFS_PLAIN."""
+    if compiled.why_plain:
+        return
+    plain = [item for item in items if item.get_closest_marker("plain")]
+    config.hook.pytest_deselected(items=plain)
+    items[:] = [item for item in items if item not in plain]
 
 
 @pytest.fixture(scope="session")

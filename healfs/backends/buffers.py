@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Page-aligned buffers for reads, and for writes that O_DIRECT or the kernel cannot take as is.
 
 Size classes are powers of two from a page. A pool is bounded in bytes; a buffer is used again.
@@ -17,12 +18,17 @@ def address_of(data: memoryview | bytearray) -> int:
 
 
 class Buffer:
-    __slots__ = ("address", "order", "view")
+    __slots__ = ("_length", "address", "order", "view")
 
     def __init__(self, order: int) -> None:
         self.order = order
         self.view = memoryview(mmap.mmap(-1, 1 << order))
         self.address = address_of(self.view)
+        self._length = 1 << order
+
+    def first(self, length: int) -> memoryview:
+        """Its first bytes."""
+        return self.view if length == self._length else self.view[:length]
 
 
 class Pool:
@@ -40,8 +46,8 @@ class Pool:
         if free:
             return free.pop()
         if self._allocated + (1 << order) > self._limit:
-            for others in self._free:
-                self._allocated -= sum(1 << buffer.order for buffer in others)
+            for index, others in enumerate(self._free):
+                self._allocated -= len(others) << index
                 others.clear()
             if self._allocated and self._allocated + (1 << order) > self._limit:
                 return None

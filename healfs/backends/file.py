@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """The backend for a regular file or a block device.
 
 Requests go through io_uring (uring.py), or a thread pool where that is forbidden. A regular
@@ -81,8 +82,6 @@ class _Transfer(Operation):
 class _Session:
     """One open file description and what was submitted on it."""
 
-    blocked = False
-
     def __init__(self, opened: opening.Opened, make: Callable[[_Session], Queue]) -> None:
         self.fd = opened.fd
         self._alignment = opened.geometry.minimum_block if opened.direct else 1
@@ -97,6 +96,7 @@ class _Session:
         self._served = trio.Event()
         self.queue = make(self)
         self.ready_fd = self.queue.fd
+        self.blocked = False  # see base.Polled
 
     def submit(self, request: Request, done: Done) -> None:
         if not self._alive:
@@ -129,7 +129,7 @@ class _Session:
         transfer = _Transfer(IORING_OP_READ, self.fd, request, done)
         transfer.buffer = buffer
         transfer.address = buffer.address
-        transfer.view = buffer.view[: request.length]
+        transfer.view = buffer.first(request.length)
         self.queue.push(transfer)
 
     def _write(self, request: Request, done: Done) -> None:
@@ -186,7 +186,7 @@ class _Session:
             error = errno.EIO
             self._report_short(transfer)
         if request.kind is READ and buffer is not None and not error:
-            transfer.done(request, 0, buffer.view[: request.length])
+            transfer.done(request, 0, buffer.first(request.length))
         else:
             transfer.done(request, error, None)
         if buffer is not None:
@@ -333,6 +333,7 @@ class FileBackend(Backend):
             os.close(opened.fd)
             raise
         self._connected_before = True
+        self.submit = self._session.submit  # type: ignore[method-assign] # a call less for each
         return opened.described(notes)
 
     def _start_session(self, opened: opening.Opened) -> tuple[_Session, tuple[str, ...]]:
@@ -397,6 +398,7 @@ class FileBackend(Backend):
     def close(self) -> None:
         if self._session is not None:
             session, self._session = self._session, None
+            del self.submit
             session.retire()
             self._retired.append(session)
 

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """One connection of the NBD backend: the socket, what is to be sent, what was received."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """The NBD client protocol without I/O (nbd/doc/proto.md), its transmission phase.
 
 `Transmission` frames commands and parses replies in place. Whatever a server sends that the

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """io_uring, as much as the file backend needs (io_uring_setup(2), io_uring_enter(2)).
 
 The rings are mmap and struct. `push` fills submission queue entries, `submit` hands all of them
@@ -49,11 +50,11 @@ IORING_REGISTER_IOWQ_MAX_WORKERS = 19
 IO_URING_OP_SUPPORTED = 1 << 0
 NEEDED = (IORING_OP_FSYNC, IORING_OP_FALLOCATE, IORING_OP_READ, IORING_OP_WRITE)
 
-# struct io_uring_sqe: opcode, flags, ioprio, fd, off, addr, len, rw_flags | fsync_flags |
-# cancel_flags, user_data, {buf_index, personality, file_index}, addr3, pad
-SQE = struct.Struct("<BBHiQQIIQQQQ")
-# struct io_uring_cqe: user_data, res, flags
-CQE = struct.Struct("<QiI")
+# struct io_uring_sqe, in words of 8 bytes: {opcode (u8), flags (u8), ioprio (u16), fd (s32)}; off;
+# addr; {len (u32), rw_flags | fsync_flags | cancel_flags (u32)}; user_data; three of zeroes
+SQE_WORDS, SQE_USER_DATA = 8, 4
+# struct io_uring_cqe: user_data (u64), res (s32), flags (u32)
+CQE_SIZE = 16
 # struct io_uring_params: sq_entries, cq_entries, flags, sq_thread_cpu, sq_thread_idle,
 # features, wq_fd, resv[3]; then struct io_sqring_offsets and struct io_cqring_offsets
 PARAMS_SIZE, PARAMS_FLAGS, PARAMS_FEATURES, PARAMS_SQ_OFF, PARAMS_CQ_OFF = 120, 8, 20, 40, 80
@@ -78,6 +79,9 @@ PATIENCE = 16
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _U32 = 0xFFFFFFFF
+_FALLOCATE = IORING_OP_FALLOCATE
+_ASYNC = IOSQE_ASYNC << 8
+_CANCEL = IORING_OP_ASYNC_CANCEL | 0xFFFFFFFF << 32  # descriptor -1
 
 
 class Operation:
@@ -192,9 +196,10 @@ class Ring:
         except BaseException:
             os.close(self.fd)
             raise
-        self._pending: dict[int, Operation] = {}
+        # By user_data, which is a place in this list; 0 is a cancel's.
+        self._pending: list[Operation | None] = [None] * (self._entries + 1)
+        self._free = list(range(self._entries, 0, -1))
         self._waiting: deque[Operation] = deque()
-        self._next = 1  # user_data; 0 is a cancel's
         self._tail = 0
         self._submitted = 0
         self._slow = patience <= 0
@@ -212,14 +217,20 @@ class Ring:
                 raise OSError(errno.ENOSYS, f"this kernel's io_uring has no operation {opcode}")
 
     def _map(self, params: bytes) -> None:
+        cq_entries: int
+        self._entries: int
         self._entries, cq_entries = struct.unpack_from("<II", params, 0)
         sq = SQ_OFFSETS.unpack_from(params, PARAMS_SQ_OFF)
         cq = CQ_OFFSETS.unpack_from(params, PARAMS_CQ_OFF)
         sq_array, cqes = sq[6], cq[5]
-        length = max(sq_array + 4 * self._entries, cqes + CQE.size * cq_entries)
+        length = max(sq_array + 4 * self._entries, cqes + CQE_SIZE * cq_entries)
         self._rings = mmap.mmap(self.fd, length, offset=IORING_OFF_SQ_RING)
-        self._sqes = mmap.mmap(self.fd, SQE.size * self._entries, offset=IORING_OFF_SQES)
-        self._u32 = memoryview(self._rings)[: length // 4 * 4].cast("I")
+        self._entries_map = mmap.mmap(
+            self.fd, 8 * SQE_WORDS * self._entries, offset=IORING_OFF_SQES
+        )
+        self._sqes = memoryview(self._entries_map).cast("Q")
+        rings = memoryview(self._rings)[: length // 8 * 8]
+        self._u32, self._s32, self._u64 = rings.cast("I"), rings.cast("i"), rings.cast("Q")
         self._sq_tail, self._cq_head, self._cq_tail = sq[1] // 4, cq[0] // 4, cq[1] // 4
         self._sq_mask, self._cq_mask, self._cqes = self._entries - 1, cq_entries - 1, cqes
         for index in range(self._entries):
@@ -233,43 +244,35 @@ class Ring:
     def push(self, operation: Operation) -> None:
         # No more than `entries` in the kernel: the completion queue is twice that, so it never
         # overflows.
-        if len(self._pending) >= self._entries:
+        if not self._free:
             self._waiting.append(operation)
             return
-        if self._tail - self._submitted >= BATCH:
+        if (self._tail - self._submitted) & _U32 >= BATCH:
             self.submit()
         self._pack(operation)
 
     def _pack(self, o: Operation) -> None:
-        user_data = self._next
-        self._next += 1
+        user_data = self._free.pop()
         self._pending[user_data] = o
-        address, length, flags = o.address, o.length, o.flags
-        if o.opcode == IORING_OP_FALLOCATE:  # has its length in addr and its mode in len
+        opcode, address, length, flags = o.opcode, o.address, o.length, o.flags
+        if opcode == _FALLOCATE:  # has its length in addr and its mode in len
             address, length, flags = length, flags, 0
-        SQE.pack_into(
-            self._sqes,
-            (self._tail & self._sq_mask) * 64,
-            o.opcode,
-            IOSQE_ASYNC if self._slow else 0,
-            0,
-            o.fd,
-            o.offset,
-            address,
-            length,
-            flags,
-            user_data,
-            0,
-            0,
-            0,
-        )
-        self._tail += 1
+        if self._slow:
+            opcode |= _ASYNC
+        sqes = self._sqes
+        at = (self._tail & self._sq_mask) * SQE_WORDS
+        sqes[at] = opcode | o.fd << 32
+        sqes[at + 1] = o.offset
+        sqes[at + 2] = address
+        sqes[at + 3] = length | flags << 32
+        sqes[at + 4] = user_data
+        self._tail = (self._tail + 1) & _U32
 
     def submit(self) -> None:
-        todo = self._tail - self._submitted
+        todo = (self._tail - self._submitted) & _U32
         if not todo:
             return
-        self._u32[self._sq_tail] = self._tail & _U32
+        self._u32[self._sq_tail] = self._tail
         while todo:
             # Fewer than asked for: an entry was refused, and its completion says why.
             try:
@@ -278,28 +281,32 @@ class Ring:
                 continue
             if not taken:
                 raise OSError(errno.EAGAIN, "io_uring takes no more operations")
-            self._submitted += taken
+            self._submitted = (self._submitted + taken) & _U32
             todo -= taken
         ready = (self._u32[self._cq_tail] - self._u32[self._cq_head]) & _U32
-        self._slow = len(self._pending) - ready >= self._patience
+        self._slow = self.pending() - ready >= self._patience
 
     def reap(self) -> int:
-        u32, pending, complete = self._u32, self._pending, self._complete
+        u32, u64, s32 = self._u32, self._u64, self._s32
         head, end = u32[self._cq_head], u32[self._cq_tail]
         if head == end:
             return 0
         _acquire()
         ended = []
-        unpack, rings, cqes, mask = CQE.unpack_from, self._rings, self._cqes, self._cq_mask
+        pending, free, cqes, mask = self._pending, self._free, self._cqes, self._cq_mask
         while head != end:
-            user_data, result, _ = unpack(rings, cqes + (head & mask) * 16)
+            at = cqes + (head & mask) * CQE_SIZE
+            user_data = u64[at // 8]
             head = (head + 1) & _U32
             if user_data:
-                ended.append((pending.pop(user_data), result))
+                ended.append((pending[user_data], s32[at // 4 + 2]))
+                pending[user_data] = None
+                free.append(user_data)
         u32[self._cq_head] = head
         waiting = self._waiting
-        while waiting and len(pending) < self._entries:
+        while waiting and free:
             self.push(waiting.popleft())
+        complete = self._complete
         for operation, result in ended:
             complete(operation, result)
         return len(ended)
@@ -308,24 +315,24 @@ class Ring:
         return self._tail != self._submitted
 
     def pending(self) -> int:
-        return len(self._pending)
+        return self._entries - len(self._free)
 
     def cancel(self) -> None:
         self._waiting.clear()
         while self._tail != self._submitted:  # the kernel has not seen these yet
-            self._tail -= 1
-            del self._pending[self._next - 1]
-            self._next -= 1
-        self._u32[self._sq_tail] = self._tail & _U32
-        if not self._pending:
+            self._tail = (self._tail - 1) & _U32
+            at = (self._tail & self._sq_mask) * SQE_WORDS
+            user_data = self._sqes[at + SQE_USER_DATA]
+            self._pending[user_data] = None
+            self._free.append(user_data)
+        self._u32[self._sq_tail] = self._tail
+        if not self.pending():
             return
-        SQE.pack_into(
-            self._sqes,
-            (self._tail & self._sq_mask) * 64,
-            *(IORING_OP_ASYNC_CANCEL, 0, 0, -1, 0, 0, 0),
-            *(IORING_ASYNC_CANCEL_ANY, 0, 0, 0, 0),
-        )
-        self._tail += 1
+        at = (self._tail & self._sq_mask) * SQE_WORDS
+        self._sqes[at] = _CANCEL
+        self._sqes[at + 1] = self._sqes[at + 2] = self._sqes[at + SQE_USER_DATA] = 0
+        self._sqes[at + 3] = IORING_ASYNC_CANCEL_ANY << 32
+        self._tail = (self._tail + 1) & _U32
         self.submit()
 
     async def wait(self) -> None:
@@ -333,8 +340,9 @@ class Ring:
 
     def close(self) -> None:
         if self.fd >= 0:
-            self._u32.release()
+            # A map cannot be closed while there is a view of it.
+            self._u32 = self._s32 = self._u64 = self._sqes = None  # type: ignore[assignment]
             self._rings.close()
-            self._sqes.close()
+            self._entries_map.close()
             os.close(self.fd)
             self.fd = -1

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """The engine: park, send, answer, stall, pause. Plain synchronous code without I/O.
 
 One object owns all state of a disk. Events come in as calls (submit, completed, lost, connected,

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Who waits for whom: a write for older overlapping writes, a read for the same, nobody else.
 
 What counts is the range in whole minimum blocks (request.start, request.end), since a write of

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Which outstanding writes touch the same bytes.
 
 A hierarchy of grids: a range lives on the finest grid whose cells are at least as long as it
@@ -9,11 +10,12 @@ thousand (a tree would pay log n, a sorted list a memmove).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
 
-class Range(Protocol):
-    """Anything with a half-open byte range."""
+class Range:
+    """What has a half-open byte range."""
+
+    __slots__ = ("end", "start")
 
     start: int
     end: int

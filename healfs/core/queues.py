@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Where the requests are that are not answered yet: each is in one of these groups."""
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import errno as e
 from collections import deque
 from collections.abc import Iterable
 
-from healfs.core.overlap import Overlap
+from healfs.core.overlap import Overlap, Range
 from healfs.core.request import Done, Kind, Request
 from healfs.core.unsettled import Unsettled
 from healfs.core.writelog import visible
@@ -19,10 +19,10 @@ from healfs.core.writelog import visible
 ZEROES = 1 << 20  # bytes of one WRITE in place of a WRITE_ZEROES
 
 
-class Piece:
+class Piece(Range):
     """Bytes [start, end) of an entry that the backend may not have."""
 
-    __slots__ = ("end", "entry", "start")
+    __slots__ = ("entry",)
 
     def __init__(self, entry: Request, start: int, end: int) -> None:
         self.entry, self.start, self.end = entry, start, end

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Request: the one currency of the house, from the channel to the backend and back."""
 
 from __future__ import annotations
@@ -5,6 +6,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from typing import Any
+
+from healfs.core.overlap import Range
 
 
 class Kind(enum.IntEnum):
@@ -32,7 +35,7 @@ class Phase(enum.IntEnum):
 Done = Callable[["Request", int, "memoryview | bytes | bytearray | None"], None]
 
 
-class Request:
+class Request(Range):
     """One request: offset and length in bytes, any alignment.
 
     `data` is the payload of a WRITE and must stay as it is until the engine lets it go.
@@ -48,7 +51,6 @@ class Request:
         "caller",
         "completed",
         "data",
-        "end",
         "errno",
         "first_error",
         "fua",
@@ -67,7 +69,6 @@ class Request:
         "record",
         "retry_at",
         "sent",
-        "start",
         "tag",
         "waiters",
     )

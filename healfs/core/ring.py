@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Where the payloads of writes live: a ring that messages are read into at its head.
 
 A WRITE's payload is read from /dev/fuse to where it is kept and sent from, with no copy more.
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 
 PAGE = 4096  # payloads begin on a page: O_DIRECT takes them as they are
+_PAGE = PAGE
 
 
 class Slot:
@@ -80,7 +82,7 @@ class PayloadRing:
 
     def _take(self, window: memoryview, length: int) -> Slot:
         place = self._head % self.size
-        self._head += -(-length // PAGE) * PAGE
+        self._head += -(-length // _PAGE) * _PAGE
         slot = Slot(window[:length], place, self._head)
         self._slots.append(slot)
         self.window = self._room(self.message)
@@ -111,12 +113,15 @@ class PayloadRing:
     def advance(self) -> None:
         """Free the tail, as far as nothing holds it back."""
         slots = self._slots
-        while slots and slots[0].free and not slots[0].pinned:
-            self._tail = slots.popleft().end
-        if not slots:
-            # Empty: start over at the front, so that a quiet disk touches few pages.
-            self._head = self._tail = 0
-            self.window = self._memory[: self.message]
+        while slots:
+            slot = slots[0]
+            if slot.pinned or not slot.free:
+                return
+            self._tail = slot.end
+            slots.popleft()
+        # Empty: start over at the front, so that a quiet disk touches few pages.
+        self._head = self._tail = 0
+        self.window = self._memory[: self.message]
 
     def oldest(self) -> Slot | None:
         """What holds back the tail."""

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """What was done since the mount: counters only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """The write log: each write from before it is sent until a flush covers it.
 
 It lives in memory that outlives the worker (a memfd of the keeper's): a page of header with the
@@ -18,16 +19,15 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
-from healfs.core.overlap import Overlap
+from healfs.core.overlap import Overlap, Range
 from healfs.core.request import Done, Kind, Phase, Request
 from healfs.core.ring import PAGE, PayloadRing, Slot
 
 FREE, SENT, COMPLETED, UNSETTLED = 0, 1, 2, 3
 # state, kind, flags, -, order, tag, offset, length, place in the ring, end in the ring, until
 RECORD = struct.Struct("<IBBHQQQQQQd")
-STATE = struct.Struct("<I")
+WORDS = 8  # of 8 bytes; the first begins with the state
 FUA, MAY_UNMAP = 1, 2
 NOWHERE = (1 << 64) - 1  # a place: there is no payload
 HEADER = 16384  # magic, and two copies of the saved state
@@ -36,22 +36,28 @@ MAGIC = b"healfs write log 1\n"
 STATE_COPIES = (4096, 8192 + 2048)  # each: sequence, length, CRC, JSON
 STATE_HEAD = struct.Struct("<QII")
 RESERVED = 512  # records for unsettled attempts: one a request in flight
+_RESERVED = RESERVED
 
 
 class LayoutError(ValueError):
     """The memory was laid out by another version of healfs; one line."""
 
 
-@dataclass(slots=True)
-class Attempt:
-    """An attempt of unknown fate: sent on a connection that is gone. See core/unsettled.py."""
+class Attempt(Range):
+    """An attempt of unknown fate: sent on a connection that is gone. See core/unsettled.py.
 
-    start: int
-    end: int
-    order: int  # of the request
-    until: float
-    record: int = -1
-    waiters: list[Request] | None = None
+    `order` is the request's, `until` the clock's time.
+    """
+
+    __slots__ = ("order", "record", "until", "waiters")
+
+    def __init__(self, start: int, end: int, order: int, until: float, record: int = -1) -> None:
+        self.start = start
+        self.end = end
+        self.order = order
+        self.until = until
+        self.record = record
+        self.waiters: list[Request] | None = None
 
 
 def memory_size(payload: int, entries: int) -> int:
@@ -81,6 +87,8 @@ class WriteLog:
         table = -(-entries * RECORD.size // PAGE) * PAGE
         self._header = memory[:HEADER]
         self._table = memory[HEADER : HEADER + table]
+        self._words = self._table.cast("Q")
+        self._states = self._table.cast("I")[:: 2 * WORDS]
         self.ring = PayloadRing(memory[HEADER + table :], message)
         self._free = list(range(entries - 1, -1, -1))
         self._entries: dict[int, Request] = {}  # by order
@@ -116,14 +124,12 @@ class WriteLog:
 
     def enter(self, request: Request) -> bool:
         """Before it is sent for the first time. False: there is no room, it has to wait."""
-        if len(self._free) <= RESERVED:
+        if len(self._free) <= _RESERVED:
             return False
         slot = request.owner
         if slot is not None and not slot.end and not self._take_in(request, slot):
             return False
-        index = request.record = self._free.pop()
-        self._entries[request.order] = request
-        self._write(index, SENT, request)
+        self._write(self._free.pop(), SENT, request)
         return True
 
     def _take_in(self, request: Request, slot: Slot) -> bool:
@@ -171,9 +177,9 @@ class WriteLog:
             copy.request = request
             request.owner, request.data = copy, copy.data
             # A new record before the old one goes: killed in between, recover() finds both.
-            old, request.record = request.record, self._free.pop()
-            self._write(request.record, state, request)
-            STATE.pack_into(self._table, old * 64, FREE)
+            old = request.record
+            self._write(self._free.pop(), state, request)
+            self._states[old] = FREE
             self._free.append(old)
             ring.release(slot)
 
@@ -184,24 +190,22 @@ class WriteLog:
 
     def _write(self, index: int, state: int, request: Request) -> None:
         slot = request.owner
+        words, at = self._words, index * WORDS
+        words[at + 1] = request.order
+        words[at + 2] = request.tag
+        words[at + 3] = request.offset
+        words[at + 4] = request.length
+        if slot is None:
+            words[at + 5], words[at + 6] = NOWHERE, 0
+        else:
+            words[at + 5], words[at + 6] = slot.place, slot.end
+        words[at + 7] = 0
+        request.record = index
+        # No compiler moves a store across this call: the state comes last.
+        self._entries[request.order] = request
+        kind = request.kind
         flags = (FUA if request.fua else 0) | (MAY_UNMAP if request.may_unmap else 0)
-        at = index * 64
-        RECORD.pack_into(
-            self._table,
-            at,
-            FREE,
-            request.kind,
-            flags,
-            0,
-            request.order,
-            request.tag,
-            request.offset,
-            request.length,
-            NOWHERE if slot is None else slot.place,
-            0 if slot is None else slot.end,
-            0.0,
-        )
-        STATE.pack_into(self._table, at, state)
+        words[at] = state | kind << 32 | flags << 40
 
     def complete(self, request: Request) -> None:
         """The backend has done it: it stays until a flush covers it."""
@@ -210,13 +214,13 @@ class WriteLog:
         if not self.keep:
             self.leave(request)
             return
-        STATE.pack_into(self._table, request.record * 64, COMPLETED)
+        self._states[request.record] = COMPLETED
         self._completed.append(request)
 
     def leave(self, request: Request) -> None:
         """It is on stable storage, or was answered with an error: the log keeps it no more."""
         if request.record >= 0:
-            STATE.pack_into(self._table, request.record * 64, FREE)
+            self._states[request.record] = FREE
             self._free.append(request.record)
             request.record = -1
             del self._entries[request.order]
@@ -246,12 +250,15 @@ class WriteLog:
                 self._stable(completed.popleft(), hold)
             return
         # `leave`, at the cost of no call for each of thousands of entries.
-        table, free, entries, pack = self._table, self._free, self._entries, STATE.pack_into
-        while completed and completed[0].completed <= mark:
-            request = completed.popleft()
+        states, free, entries = self._states, self._free, self._entries
+        while completed:
+            request = completed[0]
+            if request.completed > mark:
+                break
+            completed.popleft()
             index = request.record
             if index >= 0:
-                pack(table, index * 64, FREE)
+                states[index] = FREE
                 free.append(index)
                 request.record = -1
                 del entries[request.order]
@@ -320,19 +327,17 @@ class WriteLog:
         if not self._free:
             return
         index = attempt.record = self._free.pop()
-        at = index * 64
-        length = attempt.end - attempt.start
         RECORD.pack_into(
             self._table,
-            at,
-            *(FREE, Kind.WRITE, 0, 0, attempt.order, 0, attempt.start, length, NOWHERE, 0),
-            attempt.until,
+            index * RECORD.size,
+            *(FREE, Kind.WRITE, 0, 0, attempt.order, 0, attempt.start),
+            *(attempt.end - attempt.start, NOWHERE, 0, attempt.until),
         )
-        STATE.pack_into(self._table, at, UNSETTLED)
+        self._states[index] = UNSETTLED
 
     def forget(self, attempt: Attempt) -> None:
         if attempt.record >= 0:
-            STATE.pack_into(self._table, attempt.record * 64, FREE)
+            self._states[attempt.record] = FREE
             self._free.append(attempt.record)
             attempt.record = -1
 
@@ -352,7 +357,7 @@ class WriteLog:
             if state == UNSETTLED:
                 attempts.append(Attempt(offset, offset + length, order, until, index))
             elif state in (SENT, COMPLETED) and order in by_order:  # see move_up
-                STATE.pack_into(self._table, index * 64, FREE)
+                self._states[index] = FREE
                 self._free.append(index)
             elif state in (SENT, COMPLETED):
                 request = Request(

@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """Turns of the data path: from /dev/fuse to the backend and back, without the event loop between.
 
 A round through trio costs more than all that is done for a request. So while requests keep

@@ -76,6 +76,7 @@ class Worker:
             fence=config.fence is not None,
             ambiguous=self.backend.ambiguous,
         )
+        self._completed = self.engine.completed  # bound once
         self.control = ControlServer(commands.verbs(self), version=__version__)
         self.telling = Telling(parent, self.control)
         self.channel: Channel
@@ -94,7 +95,7 @@ class Worker:
     # --- Effects ----------------------------------------------------------------------------
 
     def send(self, request: Request) -> None:
-        self.backend.submit(request, self.engine.completed)
+        self.backend.submit(request, self._completed)
 
     def taken(self, request: Request) -> bool:
         return self.backend.taken(request)

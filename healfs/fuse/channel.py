@@ -1,3 +1,4 @@
+# cython: annotation_typing=False
 """The channel: owns /dev/fuse. Data messages go to the engine, the rest to pyfuse3.
 
 Nothing here is a coroutine per request: `pump` drains many messages per wake-up, answers are
@@ -11,7 +12,6 @@ import errno as e
 import logging
 import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -20,16 +20,15 @@ import trio
 from healfs.core.request import Kind, Phase, Request
 from healfs.core.ring import PayloadRing
 from healfs.fuse import negotiation, wire
+from healfs.fuse.messages import Messages
 
 log = logging.getLogger("healfs.channel")
 
 READ, WRITE, FLUSH, WRITE_ZEROES = Kind.READ, Kind.WRITE, Kind.FLUSH, Kind.WRITE_ZEROES
 IN_FLIGHT = Phase.IN_FLIGHT
-# fuse_in_header and fuse_read_in or fuse_write_in, what every message needs of them: opcode,
-# unique, pid; offset, size, flags
-DATA_IN = struct.Struct("<4xIQ16xI4x8xQI12xI4x")
-FUSE_READ, FUSE_WRITE = wire.READ, wire.WRITE
-OUT_HEADER, WRITE_REPLY = wire.OUT_HEADER.pack, wire.WRITE_REPLY.pack
+FUSE_READ, FUSE_WRITE, FUSE_FSYNC = wire.READ, wire.WRITE, wire.FSYNC
+FIXED_SIZE, O_DSYNC = wire.FIXED_SIZE, wire.O_DSYNC
+EAGAIN, ENODEV = e.EAGAIN, e.ENODEV
 BATCH = 64  # messages per wake-up, so that completions and control get their turn
 PASSED_ON = 2 << 20  # socket buffers towards pyfuse3, bytes
 
@@ -78,7 +77,8 @@ class Channel:
         self.on_held: Callable[[Request], None] = lambda request: None
         self.on_init: Callable[[bytes, bytes], None] = lambda request, reply: None
         self.max_background = wire.MAX_BACKGROUND
-        self._header = bytearray(wire.FIXED_SIZE)
+        self._messages = Messages(fuse)
+        self._header = self._messages.header
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in self._ours, self.theirs:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PASSED_ON)
@@ -154,26 +154,25 @@ class Channel:
 
     def drain(self) -> bool:
         """Read up to a batch; False when the mount is gone."""
-        header, ring, fuse, readv = self._header, self.ring, self.fuse, os.readv
-        unpack = DATA_IN.unpack
+        messages, ring = self._messages, self.ring
         for _ in range(BATCH):
-            try:
-                length = readv(fuse, (header, ring.window or ring.target()))
-            except BlockingIOError:
-                return True
-            except OSError as exc:
-                if exc.errno == e.ENODEV:
+            window = ring.window
+            length = messages.read(ring.target() if window is None else window)
+            if length < 0:
+                if length == -EAGAIN:
+                    return True
+                if length == -ENODEV:
                     return False
-                if exc.errno in (e.ENOENT, e.EINTR):  # the request was withdrawn meanwhile
+                if length in (-e.ENOENT, -e.EINTR):  # the request was withdrawn meanwhile
                     continue
-                raise
+                raise OSError(-length, os.strerror(-length))
             self._read_count += 1
-            opcode, unique, pid, offset, size, flags = unpack(header)
+            opcode, unique, pid = messages.opcode, messages.unique, messages.pid
             if opcode == FUSE_READ:
-                self._read(unique, pid, offset, size)
+                self._read(unique, pid, messages.offset, messages.size)
             elif opcode == FUSE_WRITE:
-                self._write(unique, pid, length, offset, size, flags)
-            elif opcode == wire.FSYNC:
+                self._write(unique, pid, length, messages.offset, messages.size, messages.flags)
+            elif opcode == FUSE_FSYNC:
                 self._hold(Request(FLUSH, 0, 0, self._answer_plain, tag=unique, owner=None), pid)
             else:
                 self._seldom(opcode, unique, pid, length)
@@ -200,7 +199,7 @@ class Channel:
     def _write(
         self, unique: int, pid: int, length: int, offset: int, size: int, flags: int
     ) -> None:
-        if length != wire.FIXED_SIZE + size:
+        if length != FIXED_SIZE + size:
             self._reply(unique, e.EIO)
         elif self.read_only:
             self._reply(unique, e.EROFS)
@@ -214,7 +213,7 @@ class Channel:
                 size,
                 self._answer_write,
                 data=slot.data,
-                fua=bool(flags & wire.O_DSYNC),
+                fua=bool(flags & O_DSYNC),
                 tag=unique,
                 owner=slot,
             )
@@ -286,7 +285,7 @@ class Channel:
             self._reply(unique, errno)
             return
         assert data is not None
-        self._send((OUT_HEADER(16 + len(data), 0, unique), data))
+        self._messages.reply_read(unique, data)
 
     def _answer_write(self, request: Request, errno: int, data: object) -> None:
         unique = request.tag
@@ -295,7 +294,7 @@ class Channel:
         if errno:
             self._reply(unique, errno)
         else:
-            self._send((WRITE_REPLY(24, 0, unique, request.length, 0),))
+            self._messages.reply_write(unique, request.length)
 
     def _answer_plain(self, request: Request, errno: int, data: object) -> None:
         del self.held[request.tag]
@@ -303,7 +302,7 @@ class Channel:
         self._reply(request.tag, errno)
 
     def _reply(self, unique: int, errno: int) -> None:
-        self._send((wire.OUT_HEADER.pack(16, -errno, unique),))
+        self._messages.reply(unique, errno)
 
     def _send(self, parts: tuple[bytes | memoryview | bytearray, ...]) -> None:
         try:

@@ -17,11 +17,13 @@ from typing import Any
 from healfs.core.engine import Engine, Limits
 from healfs.core.policy import Action, DirectionPolicy, Policy
 from healfs.core.request import Kind, Phase, Request
-from healfs.core.ring import Slot
+from healfs.core.ring import PayloadRing, Slot
+from healfs.core.writelog import WriteLog, memory_size
 
 BLOCK = 4096
 SIZE = 1 << 20
 START = 1000.0
+LOG_BYTES, LOG_ENTRIES, MESSAGE = 4 << 20, 2048, 1 << 20
 
 # What the write log adds is switched off here: order and policy are the same with and without it.
 _CONNECTED = inspect.signature(Engine.connected).parameters
@@ -49,18 +51,30 @@ def policy(
     return Policy(direction(read), direction(write))
 
 
-class Name(int):
-    """A tag, which is a number, with the name that the test gave."""
+_names: dict[int, str] = {}  # by tag, which is a number
 
-    text: str
 
-    def __new__(cls, text: str) -> Name:
-        name = super().__new__(cls, zlib.crc32(text.encode()))
-        name.text = text
-        return name
+def _tag_of(name: str) -> int:
+    number = zlib.crc32(name.encode())
+    _names[number] = name
+    return number
 
-    def __str__(self) -> str:
-        return self.text
+
+def _name_of(request: Request) -> str:
+    return _names.get(request.tag, str(request.tag))
+
+
+class _WatchedRing(PayloadRing):
+    """Notes whose payload is released."""
+
+    def __init__(self, memory: memoryview, released: list[str]) -> None:
+        super().__init__(memory, MESSAGE)
+        self.released = released
+
+    def release(self, slot: Slot) -> None:
+        assert isinstance(slot.request, Request)
+        self.released.append(_name_of(slot.request))
+        super().release(slot)
 
 
 class Playbook:
@@ -86,24 +100,19 @@ class Playbook:
         self._requests: dict[str, Request] = {}
         self._flush: Request
         self._alarms: list[float] = []
+        memory = memoryview(bytearray(memory_size(LOG_BYTES, LOG_ENTRIES)))
+        log = WriteLog(memory, LOG_ENTRIES, MESSAGE)
+        log.ring = _WatchedRing(memory[-LOG_BYTES:], self.released)
         self.engine = Engine(
             self,
             given or policy(),
             lambda: self.now,
+            log,
             slow_after=slow_after,
             limits=limits,
             rng=random.Random(1),
             **FENCED,
         )
-        ring = self.engine.log.ring
-        release = ring.release
-
-        def released(slot: Slot) -> None:
-            assert isinstance(slot.request, Request)
-            self.released.append(str(slot.request.tag))
-            release(slot)
-
-        ring.release = released  # type: ignore[method-assign]
         if up:
             self.engine.start()
             self.up(size)
@@ -124,10 +133,10 @@ class Playbook:
     def _names(self, request: Request) -> list[str]:
         """A flush is the engine's own, and stands for the guests' that it will answer."""
         if not (request.internal and request.kind is Kind.FLUSH):
-            return [str(request.tag)]
+            return [_name_of(request)]
         self._flush = request
         guests = (r for r in self._requests.values() if r.kind is Kind.FLUSH and not r.answered)
-        return [str(r.tag) for r in guests if r.phase is Phase.IN_FLIGHT] or ["flush"]
+        return [_name_of(r) for r in guests if r.phase is Phase.IN_FLIGHT] or ["flush"]
 
     def _sent(self, name: str) -> Request:
         request = self._requests[name]
@@ -163,7 +172,7 @@ class Playbook:
 
         data = name.encode() * length if kind is Kind.WRITE else None
         request = Request(kind, offset, length, answered, data=data)
-        request.tag = Name(name)
+        request.tag = _tag_of(name)
         if data is not None:
             slot = self.engine.log.ring.store(data)
             if slot is not None:

@@ -523,6 +523,7 @@ def _comparisons_of_a_stop(count):
     return Counted.compared
 
 
+@pytest.mark.plain
 def test_a_stop_with_thousands_of_failing_requests_is_not_quadratic():
     fewer, more = _comparisons_of_a_stop(1000), _comparisons_of_a_stop(2000)
     assert 0 < more < 3 * fewer

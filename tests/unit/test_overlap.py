@@ -1,19 +1,17 @@
 """The index of ranges against a plain list."""
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from healfs.core.overlap import Overlap, joined
+from healfs.core.overlap import Overlap, Range, joined
 
 
-@dataclass(eq=False)
-class Piece:
-    start: int
-    end: int
+class Piece(Range):
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
 
 
 LENGTHS = st.one_of(

@@ -167,6 +167,7 @@ def test_a_forgotten_attempt_and_an_entry_that_left_are_not_found():
     assert log.recover(_nobody) == ([], [])
 
 
+@pytest.mark.plain
 def test_a_worker_killed_in_enter_leaves_the_record_whole_or_free():
     world = World()
     old = world.entered(completed=True)
@@ -179,6 +180,7 @@ def test_a_worker_killed_in_enter_leaves_the_record_whole_or_free():
         assert found in ({}, {new.order: _facts(new)})
 
 
+@pytest.mark.plain
 def test_a_worker_killed_in_complete_or_leave_loses_no_other_entry():
     world = World()
     other, request = world.entered(), world.entered()
@@ -190,6 +192,7 @@ def test_a_worker_killed_in_complete_or_leave_loses_no_other_entry():
             assert found == facts
 
 
+@pytest.mark.plain
 def test_a_worker_killed_in_move_up_loses_nothing():
     """An answered write survives a worker's crash at any moment (promise 3)."""
     world = World()
@@ -376,6 +379,7 @@ def test_a_new_log_has_nothing_saved():
     assert World().log.saved() is None
 
 
+@pytest.mark.plain
 def test_a_worker_killed_in_save_leaves_the_last_state():
     world = World()
     last = None
@@ -392,6 +396,7 @@ def test_a_worker_killed_in_save_leaves_the_last_state():
         assert world.log.saved() == state
 
 
+@pytest.mark.plain
 def test_of_two_copies_the_whole_one_counts():
     world = World()
     world.log.save({"number": 1})

@@ -1,0 +1,16 @@
+cdef class Buffer:
+    cdef public unsigned long long address
+    cdef public long long order
+    cdef public object view
+    cdef long long _length
+
+    cpdef object first(self, long long length)
+
+
+cdef class Pool:
+    cdef long long _limit
+    cdef long long _allocated
+    cdef list _free
+
+    cpdef Buffer take(self, long long length)
+    cpdef object give(self, Buffer buffer)

@@ -1,0 +1,34 @@
+from healfs.backends.buffers cimport Buffer, Pool
+from healfs.backends.uring cimport Operation
+from healfs.core.request cimport Request
+
+
+cdef class _Transfer(Operation):
+    cdef public Request request
+    cdef public object done
+    cdef public Buffer buffer
+    cdef public tuple modes
+
+
+cdef class _Session:
+    cdef public bint blocked
+    cdef public long long fd
+    cdef long long _alignment
+    cdef public Pool _pool
+    cdef object _deferred
+    cdef list _answers
+    cdef bint _alive
+    cdef bint _busy
+    cdef bint _reported_short
+    cdef object _error
+    cdef object _scope
+    cdef object _served
+    cdef public object queue
+    cdef public long long ready_fd
+
+    cpdef object submit(self, Request request, object done)
+    cdef object _read(self, Request request, object done)
+    cdef object _write(self, Request request, object done)
+    cpdef object complete(self, _Transfer transfer, long long result)
+    cpdef object commit(self)
+    cdef object _start(self)

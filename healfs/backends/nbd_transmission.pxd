@@ -1,0 +1,27 @@
+cdef class Command:
+    cdef public long long type
+    cdef public long long flags
+    cdef public long long offset
+    cdef public long long length
+    cdef public object context
+    cdef public object complete
+    cdef public object assembly
+    cdef public long long start
+    cdef public long long end
+
+
+cdef class Transmission:
+    cdef public list out
+    cdef public dict pending
+    cdef public long long queued
+    cdef public long long sent
+    cdef public long long missing
+    cdef public bint closed
+    cdef bint _structured
+    cdef object _context
+    cdef unsigned long long _cookie
+
+    cpdef object queue(self, Command command, object payload=*)
+    cpdef object taken(self, long long count)
+    cpdef long long receive(self, object view, long long pos, long long end) except -1
+    cdef long long _simple(self, Command command, unsigned long long cookie, long long error, object view, long long pos, long long end) except -1
