@@ -1,3 +1,6 @@
+cimport cython
+
+
 cdef class Buffer:
     cdef public unsigned long long address
     cdef public long long order
@@ -12,5 +15,7 @@ cdef class Pool:
     cdef long long _allocated
     cdef list _free
 
+    @cython.locals(free=list, others=list)
     cpdef Buffer take(self, long long length)
+    @cython.locals(free=list)
     cpdef object give(self, Buffer buffer)

@@ -55,4 +55,5 @@ class Pool:
         return Buffer(order)
 
     def give(self, buffer: Buffer) -> None:
-        self._free[buffer.order].append(buffer)
+        free = self._free[buffer.order]
+        free.append(buffer)

@@ -1,3 +1,5 @@
+cimport cython
+
 from healfs.backends.buffers cimport Buffer, Pool
 from healfs.backends.uring cimport Operation
 from healfs.core.request cimport Request
@@ -27,8 +29,11 @@ cdef class _Session:
     cdef public long long ready_fd
 
     cpdef object submit(self, Request request, object done)
+    @cython.locals(buffer=Buffer, transfer=_Transfer)
     cdef object _read(self, Request request, object done)
+    @cython.locals(buffer=Buffer, transfer=_Transfer)
     cdef object _write(self, Request request, object done)
+    @cython.locals(request=Request, buffer=Buffer)
     cpdef object complete(self, _Transfer transfer, long long result)
     cpdef object commit(self)
     cdef object _start(self)

@@ -1,3 +1,6 @@
+cimport cython
+
+
 cdef class Command:
     cdef public long long type
     cdef public long long flags
@@ -21,7 +24,11 @@ cdef class Transmission:
     cdef object _context
     cdef unsigned long long _cookie
 
+    @cython.locals(cookie="unsigned long long")
     cpdef object queue(self, Command command, object payload=*)
+    @cython.locals(out=list)
     cpdef object taken(self, long long count)
+    @cython.locals(pending=dict, command=Command, magic="long long", word="long long",
+                   cookie="unsigned long long", length="long long", after="long long")
     cpdef long long receive(self, object view, long long pos, long long end) except -1
     cdef long long _simple(self, Command command, unsigned long long cookie, long long error, object view, long long pos, long long end) except -1

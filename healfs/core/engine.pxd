@@ -1,3 +1,5 @@
+cimport cython
+
 from healfs.core.order cimport Order
 from healfs.core.queues cimport Queues
 from healfs.core.request cimport Request
@@ -56,7 +58,11 @@ cdef class Engine:
     cdef public object _outage
     cdef public Totals totals
 
+    cpdef object submit(self, Request request)
+    @cython.locals(queues=Queues)
     cdef object _submit(self, Request request)
+    @cython.locals(queues=Queues)
+    cpdef object completed(self, Request request, long long errno, object data=*)
     cdef object _wait(self, Request request)
     cdef object _park(self, Request request)
     cdef object _send(self, Request request, double now)
@@ -66,6 +72,8 @@ cdef class Engine:
     cdef object _send_parked(self)
     cdef object _completed_well(self, Request request, long long errno, object data)
     cdef object _answer(self, Request request, long long errno, object data)
+    @cython.locals(done=list, waiter=Request)
     cdef object _retire(self, Request request)
     cdef bint _unblocked(self, Request request)
+    cdef object _cut_suspects(self, Request request)
     cdef object _wake_at(self, double when)

@@ -1,3 +1,5 @@
+cimport cython
+
 from healfs.core.request cimport Request
 from healfs.core.ring cimport PayloadRing, Slot
 from healfs.fuse.messages cimport Messages
@@ -36,9 +38,16 @@ cdef class Channel:
     cdef object _again
     cdef object _nursery
 
+    @cython.locals(messages=Messages, ring=PayloadRing, length="long long", opcode="long long",
+                   unique="unsigned long long", pid="long long")
     cpdef bint drain(self) except -1
     cdef object _hold(self, Request request, long long pid)
     cdef object _read(self, unsigned long long unique, long long pid, long long offset, long long size)
+    @cython.locals(slot=Slot, request=Request)
     cdef object _write(self, unsigned long long unique, long long pid, long long length, long long offset, long long size, long long flags)
+    @cython.locals(unique="unsigned long long")
+    cpdef object _answer_read(self, Request request, long long errno, object data)
+    @cython.locals(unique="unsigned long long")
+    cpdef object _answer_write(self, Request request, long long errno, object data)
     cdef object _reply(self, unsigned long long unique, long long errno)
     cdef object _send(self, tuple parts)
