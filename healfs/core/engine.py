@@ -350,9 +350,10 @@ class Engine:
             if self._overlays and (parts := self._overlays.pop(request.order, None)):
                 data = patch(data, request.offset, parts) if not errno else None
         elif not errno:
-            self.log.complete(request)
-            if self._replay.suspects.all and kind is not Kind.DISCARD:
-                self._cut_suspects(request)
+            if self._replay.suspects.all:
+                self._complete_beside_suspects(request)
+            else:
+                self.log.complete(request)
             if (not request.completed % LOOK_EACH or request.length > LARGE) and self.log.half_full:
                 self.log.move_up()
                 self._flush_log()
@@ -363,12 +364,13 @@ class Engine:
     def _hold(self) -> Callable[[Request], bool] | None:
         return self._replay.suspects.hide if self._replay.suspects.all else None
 
-    def _cut_suspects(self, request: Request) -> None:
-        end = request.offset + request.length
-        for entry in self._replay.suspects.cut(request.offset, end):
-            self.log.leave(entry)
-        if not self._replay.suspects.all:
-            self.log.free_held()
+    def _complete_beside_suspects(self, request: Request) -> None:
+        self.log.complete(request, self._replay.suspects.hide)
+        if request.kind is Kind.DISCARD:
+            return  # a hint: what it covers may still be read
+        cut_away = self._replay.suspects.cut(request.offset, request.offset + request.length)
+        if cut_away:
+            self.log.replayed(cut_away, self._hold())
 
     def _answer(self, request: Request, errno: int, data: object) -> None:
         if request.answered:
@@ -931,7 +933,8 @@ class Engine:
         if self._replaying:
             self._replaying = False
             self._replay.stop()
-            self.log.lost()
+            if self._replay.wanted:  # else it had not begun, and the next flush is as good as ever
+                self.log.lost()
 
     def _pump_replay(self) -> None:
         if self.state is not State.REPLAYING:
@@ -997,9 +1000,7 @@ class Engine:
             self._replay.failed(errno, self.log.unflushed())
         else:
             stable = self._replay.succeeded()
-            hold = self._hold()
-            self.log.trim(request.completed, hold)
-            self.log.replayed(stable, hold)
+            self.log.replayed(stable, self._hold(), request.completed)
         if self._replay.latched:
             action = self.policy.write.decide(FLUSH, self._replay.errno, 0.0)
             self._io_error(WRITE, self._replay.errno, action)
@@ -1008,7 +1009,6 @@ class Engine:
             self._wake_at(self._replay_at)
         else:
             self._replay_pause = 0.0
-            self.log.free_held()
         self._ready(now)
 
     # --- the take-over ----------------------------------------------------------------------

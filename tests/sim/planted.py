@@ -164,13 +164,13 @@ class ResentAnsweredUnsent(Engine):
         return super()._submit_again(request)
 
 
-def fua_not_logged(log: WriteLog, request: Request) -> None:
+def fua_not_logged(log: WriteLog, request: Request, hold: Any = None) -> None:
     if request.fua:
         log._count += 1
         request.completed = log._count
         log.leave(request)
     else:
-        _COMPLETE(log, request)
+        _COMPLETE(log, request, hold)
 
 
 def trims_by_answer_time(log: WriteLog, mark: int, hold: Any = None) -> None:
