@@ -28,7 +28,7 @@ from healfs.core.policy import Action, Policy
 from healfs.core.prober import FIRST_PAUSE, Prober
 from healfs.core.queues import Queues
 from healfs.core.replay import Replay, covers, patch
-from healfs.core.request import Kind, Phase, Request
+from healfs.core.request import TAG_MASK, Kind, Phase, Request
 from healfs.core.retries import Retries
 from healfs.core.ring import Slot
 from healfs.core.states import State, check_move
@@ -38,7 +38,6 @@ from healfs.core.writelog import Attempt, WriteLog, memory_size
 
 log = logging.getLogger("healfs.engine")
 
-TAG_MASK = (1 << 63) - 1  # FUSE sets bit 63 of the unique id of a request that comes again
 LOOK_EACH, LARGE = 32, 65536  # writes, bytes: how often it is seen whether the log is half full
 LARGEST_BLOCK = 65536  # bytes: the largest minimum block there is (NBD)
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
@@ -1017,7 +1016,8 @@ class Engine:
         """Go on where an earlier worker ended (promise 10): call it before anything else.
 
         It answered until `since`, the clock's time (None: until now).
-        Then submit what the kernel sends again, oldest first, then call `resent`, then `start`.
+        Then submit what the kernel sends again (see request.oldest_first), then call `resent`,
+        then `start`.
         """
         found, attempts = self.log.recover(_nobody)
         saved: Any = self.log.saved() or {}
