@@ -305,6 +305,22 @@ def test_a_file_that_shrank(image: Path, on_file: tuple[HealfsMount, Agent]) -> 
     assert blocks(image) == (ANSWERED, WAITING)
 
 
+def test_a_file_is_cut_and_nobody_says_so(image: Path, on_file: tuple[HealfsMount, Agent]) -> None:
+    """A read behind the new end finds it out, and waits."""
+    mount, disk = on_file
+    os.truncate(image, SECOND)
+    disk.ask("pread", SECOND, 4096)
+    assert f"{SECOND} bytes" in mount.wait_state("mismatch")["reason"]
+    assert not disk.answered
+    with open(image, "r+b") as file:
+        file.seek(SECOND)
+        file.write(WAITING)
+        file.truncate(SIZE)
+    assert disk.answer().value == WAITING
+    disk.ok("fsync")
+    assert blocks(image) == (ANSWERED, WAITING)
+
+
 @pytest.mark.parametrize("option", ["--replay", "--drop"])
 def test_a_file_that_was_replaced(
     image: Path, on_file: tuple[HealfsMount, Agent], option: str
