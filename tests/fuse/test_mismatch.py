@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -267,6 +268,22 @@ def test_a_server_that_cannot_flush(commands: Commands) -> None:
         shown = commands.run("status", commands.mountpoint).stdout
         assert "off: the backend cannot flush" in shown
         assert commands.run("umount", commands.mountpoint).returncode == 0
+
+
+def test_a_device_without_a_volatile_cache(
+    write_through: str, commands: Commands, agent: Opener
+) -> None:
+    done = commands.mount(write_through)
+    assert done.returncode == 0 and done.stdout == f"{commands.file}\n", done
+    (log,) = done.stderr.splitlines()
+    assert log.startswith("healfs: no write log: ") and "no volatile cache" in log
+    disk = agent(commands.file)
+    disk.ok("pwrite", 0, ANSWERED)
+    status = json.loads(commands.run("status", commands.mountpoint, "--json").stdout)
+    assert (status["write_log"]["enabled"], status["write_log"]["requests"]) == (False, 0)
+    disk.ok("fsync")
+    disk.ended()
+    assert commands.run("umount", commands.mountpoint).returncode == 0
 
 
 def test_the_log_is_as_large_as_the_operator_says(image: Path, healfs_mount: Mounter) -> None:
