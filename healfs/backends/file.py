@@ -305,6 +305,7 @@ class FileBackend(Backend):
         self._use_uring = use_uring
         self._wait_for_lock = wait_for_lock
         self._connected_before = False
+        self._size = 0  # when it was opened last
         self._session: _Session | None = None
         self._retired: list[_Session] = []
         # One: the next attempt waits until the thread of an abandoned one has ended.
@@ -333,6 +334,7 @@ class FileBackend(Backend):
             os.close(opened.fd)
             raise
         self._connected_before = True
+        self._size = opened.geometry.size
         self.submit = self._session.submit  # type: ignore[method-assign] # a call less for each
         return opened.described(notes)
 
@@ -405,7 +407,7 @@ class FileBackend(Backend):
     async def probe(self) -> str:
         if self._session is None:
             return "not connected"
-        look = partial(probing.probe, self._path, read_only=self._read_only)
+        look = partial(probing.probe, self._path, size=self._size, read_only=self._read_only)
         with trio.move_on_after(CONNECT_TIMEOUT):
             return await self._look(look)
         return "the storage does not answer"

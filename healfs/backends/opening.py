@@ -207,10 +207,12 @@ class Attempt:
             (size,) = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
             (sector,) = struct.unpack("I", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))
             identity = _device_identity(status.st_rdev)
-            can_discard = bool(_queue_limit(status.st_rdev, "write_zeroes_max_bytes"))
+            can_discard = _queue(status.st_rdev, "write_zeroes_max_bytes") not in ("", "0")
+            # What the kernel believes: it sends such a device no flush.
+            volatile = _queue(status.st_rdev, "write_cache") != "write through"
             can_zero = True  # ZERO_RANGE writes zeroes where the device has no command for it
         else:
-            size, sector = status.st_size, 1
+            size, sector, volatile = status.st_size, 1, True
             identity = _file_identity(fd, status)
             can_discard = can_zero = not self._read_only and _can_punch(fd, size)
         if not size:
@@ -226,6 +228,7 @@ class Attempt:
             can_fua=True,
             can_discard=can_discard,
             can_write_zeroes=can_zero,
+            volatile_cache=volatile,
             identity=identity,
             notes=tuple(self._notes),
         )
@@ -268,9 +271,9 @@ def _sysfs(device: int, name: str) -> str:
         return ""
 
 
-def _queue_limit(device: int, name: str) -> int:
+def _queue(device: int, name: str) -> str:
     # A partition has the queue of its disk.
-    return int(_sysfs(device, f"queue/{name}") or _sysfs(device, f"../queue/{name}") or 0)
+    return _sysfs(device, f"queue/{name}") or _sysfs(device, f"../queue/{name}")
 
 
 def _device_identity(device: int) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The probe that decides what EIO and EROFS of a file or block device mean.
 
 Either the storage is away (a device that went offline, a file system that was shut down), or this
-one request failed (a bad sector). Three looks, in a thread, for each may wait: is it still the
-same file, does the kernel call the device offline, and can anything be read?
+one request failed (a bad sector). Four looks, in a thread, for each may wait: is it still the
+same file, does the kernel call the device offline, is it as large as it was, and can anything be
+read?
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import os
 import stat
 
 
-def probe(path: str, fd: int, *, read_only: bool) -> str:
-    """Why the storage is away; "" if it is there, and so the request itself has failed."""
+def probe(path: str, fd: int, *, size: int, read_only: bool) -> str:
+    """Why the storage is away; "" if it is there, and so the request itself has failed.
+
+    `size` is what it had when it was opened.
+    """
     try:
         opened = os.fstat(fd)
         named = os.stat(path)
@@ -29,7 +33,10 @@ def probe(path: str, fd: int, *, read_only: bool) -> str:
                 return "another file has taken its name"
             if not read_only and os.fstatvfs(fd).f_flag & os.ST_RDONLY:
                 return "its file system is read-only now"
-        return _read_anything(fd)
+        left = os.lseek(fd, 0, os.SEEK_END)
+        if left < size:  # behind it every read is short: only another look at its size helps
+            return f"it was cut to {left} bytes"
+        return _read_anything(fd, left)
     except OSError as error:
         return f"{os.strerror(error.errno or errno.EIO)}"
 
@@ -46,9 +53,8 @@ def disk_state(device: int) -> str:
     return ""
 
 
-def _read_anything(fd: int) -> str:
+def _read_anything(fd: int, size: int) -> str:
     """One readable block is enough: then it is not all of the storage that fails."""
-    size = os.lseek(fd, 0, os.SEEK_END)
     try:  # past the page cache, which answers for a device that is gone
         fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
@@ -60,8 +66,6 @@ def _read_anything(fd: int) -> str:
 
 
 def _read_one_of_three(fd: int, size: int) -> str:
-    if size <= 0:
-        return "it has no size any more"
     reason = ""
     with mmap.mmap(-1, mmap.PAGESIZE) as page:  # aligned, for O_DIRECT
         for place in (0, size // 2, size - 1):

@@ -75,5 +75,5 @@ cdef class Engine:
     @cython.locals(done=list, waiter=Request)
     cdef object _retire(self, Request request)
     cdef bint _unblocked(self, Request request)
-    cdef object _cut_suspects(self, Request request)
+    cdef object _complete_beside_suspects(self, Request request)
     cdef object _wake_at(self, double when)

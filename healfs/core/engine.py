@@ -29,7 +29,7 @@ from healfs.core.policy import Action, Policy
 from healfs.core.prober import FIRST_PAUSE, Prober
 from healfs.core.queues import Queues
 from healfs.core.replay import Replay, covers, patch
-from healfs.core.request import Kind, Phase, Request
+from healfs.core.request import TAG_MASK, Kind, Phase, Request
 from healfs.core.retries import Retries
 from healfs.core.ring import Slot
 from healfs.core.states import State, check_move
@@ -39,7 +39,6 @@ from healfs.core.writelog import Attempt, WriteLog, memory_size
 
 log = logging.getLogger("healfs.engine")
 
-TAG_MASK = (1 << 63) - 1  # FUSE sets bit 63 of the unique id of a request that comes again
 LOOK_EACH, LARGE = 32, 65536  # writes, bytes: how often it is seen whether the log is half full
 LARGEST_BLOCK = 65536  # bytes: the largest minimum block there is (NBD)
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
@@ -351,9 +350,10 @@ class Engine:
             if self._overlays and (parts := self._overlays.pop(request.order, None)):
                 data = patch(data, request.offset, parts) if not errno else None
         elif not errno:
-            self.log.complete(request)
-            if self._replay.suspects.all and kind is not Kind.DISCARD:
-                self._cut_suspects(request)
+            if self._replay.suspects.all:
+                self._complete_beside_suspects(request)
+            else:
+                self.log.complete(request)
             if (not request.completed % LOOK_EACH or request.length > LARGE) and self.log.half_full:
                 self.log.move_up()
                 self._flush_log()
@@ -364,12 +364,13 @@ class Engine:
     def _hold(self) -> Callable[[Request], bool] | None:
         return self._replay.suspects.hide if self._replay.suspects.all else None
 
-    def _cut_suspects(self, request: Request) -> None:
-        end = request.offset + request.length
-        for entry in self._replay.suspects.cut(request.offset, end):
-            self.log.leave(entry)
-        if not self._replay.suspects.all:
-            self.log.free_held()
+    def _complete_beside_suspects(self, request: Request) -> None:
+        self.log.complete(request, self._replay.suspects.hide)
+        if request.kind is Kind.DISCARD:
+            return  # a hint: what it covers may still be read
+        cut_away = self._replay.suspects.cut(request.offset, request.offset + request.length)
+        if cut_away:
+            self.log.replayed(cut_away, self._hold())
 
     def _answer(self, request: Request, errno: int, data: object) -> None:
         if request.answered:
@@ -932,7 +933,8 @@ class Engine:
         if self._replaying:
             self._replaying = False
             self._replay.stop()
-            self.log.lost()
+            if self._replay.wanted:  # else it had not begun, and the next flush is as good as ever
+                self.log.lost()
 
     def _pump_replay(self) -> None:
         if self.state is not State.REPLAYING:
@@ -998,9 +1000,7 @@ class Engine:
             self._replay.failed(errno, self.log.unflushed())
         else:
             stable = self._replay.succeeded()
-            hold = self._hold()
-            self.log.trim(request.completed, hold)
-            self.log.replayed(stable, hold)
+            self.log.replayed(stable, self._hold(), request.completed)
         if self._replay.latched:
             action = self.policy.write.decide(FLUSH, self._replay.errno, 0.0)
             self._io_error(WRITE, self._replay.errno, action)
@@ -1009,7 +1009,6 @@ class Engine:
             self._wake_at(self._replay_at)
         else:
             self._replay_pause = 0.0
-            self.log.free_held()
         self._ready(now)
 
     # --- the take-over ----------------------------------------------------------------------
@@ -1018,7 +1017,8 @@ class Engine:
         """Go on where an earlier worker ended (promise 10): call it before anything else.
 
         It answered until `since`, the clock's time (None: until now).
-        Then submit what the kernel sends again, oldest first, then call `resent`, then `start`.
+        Then submit what the kernel sends again (see request.oldest_first), then call `resent`,
+        then `start`.
         """
         found, attempts = self.log.recover(_nobody)
         saved: Any = self.log.saved() or {}

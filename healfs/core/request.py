@@ -30,6 +30,9 @@ class Phase(enum.IntEnum):
     DONE = 4  # answered and out of the backend's hands
 
 
+# FUSE sets bit 63 of the unique id of a request that comes again; the rest is as it was.
+TAG_MASK = (1 << 63) - 1
+
 # What becomes of a request: (request, errno or 0, the bytes read or None). The bytes are only
 # valid until the callback returns: whoever wants them later copies them.
 Done = Callable[["Request", int, "memoryview | bytes | bytearray | None"], None]
@@ -120,3 +123,12 @@ class Request(Range):
     def __repr__(self) -> str:
         fua = " FUA" if self.fua else ""
         return f"<{self.kind.name} {self.offset}+{self.length}{fua} {self.phase.name.lower()}>"
+
+
+def oldest_first(again: list[Request]) -> list[Request]:
+    """What the kernel sends again comes in no useful order; its ids have the first one."""
+    return sorted(again, key=_first_tag)
+
+
+def _first_tag(request: Request) -> int:
+    return request.tag & TAG_MASK

@@ -39,7 +39,7 @@ cdef class WriteLog:
     @cython.locals(slot=Slot, words="unsigned long long[::1]", at="long long", flags="long long",
                    kind="long long")
     cdef object _write(self, long long index, long long state, Request request)
-    cpdef object complete(self, Request request)
+    cpdef object complete(self, Request request, object hold=*)
     cpdef object leave(self, Request request)
     @cython.locals(slot=Slot)
     cpdef object release(self, Request request)

@@ -4,7 +4,8 @@
 It lives in memory that outlives the worker (a memfd of the keeper's): a page of header with the
 engine's saved state, a table of fixed records, and the payload ring. A record is written whole
 before its state word, and its state word is cleared before it is used again, so a worker that is
-killed between two stores leaves a record that is either whole or free.
+killed between two stores leaves a record that is either whole or free. Of two entries that overlap,
+the older one always goes first: found alone, it would be written over newer bytes.
 
 The trim rule (promise 5): a flush that succeeds removes exactly the entries that the backend
 completed before that flush was sent on the same connection. `mark` is taken when the flush is
@@ -207,15 +208,18 @@ class WriteLog:
         flags = (FUA if request.fua else 0) | (MAY_UNMAP if request.may_unmap else 0)
         words[at] = state | kind << 32 | flags << 40
 
-    def complete(self, request: Request) -> None:
-        """The backend has done it: it stays until a flush covers it."""
+    def complete(self, request: Request, hold: Callable[[Request], bool] | None = None) -> None:
+        """The backend has done it: it stays until a flush covers it, and while `hold` says so."""
         self._count += 1
         request.completed = self._count
-        if not self.keep:
+        if not self.keep and hold is None:
             self.leave(request)
             return
         self._states[request.record] = COMPLETED
-        self._completed.append(request)
+        if self.keep:
+            self._completed.append(request)
+        else:
+            self._stable(request, hold)
 
     def leave(self, request: Request) -> None:
         """It is on stable storage, or was answered with an error: the log keeps it no more."""
@@ -242,7 +246,8 @@ class WriteLog:
     def trim(self, mark: int, hold: Callable[[Request], bool] | None = None) -> None:
         """A flush with this mark has succeeded, on the connection it was sent on.
 
-        `hold` tells which entries stay for now although they are stable.
+        `hold` tells which entries stay for now although they are stable. They go as they were
+        completed: of two that overlap, the older one first, since the newer waited for it.
         """
         completed = self._completed
         if hold is not None:
@@ -277,6 +282,7 @@ class WriteLog:
                 assert isinstance(older, Request)
                 whole = request.offset <= older.offset
                 whole &= older.offset + older.length <= request.offset + request.length
+                whole &= request.kind is not Kind.DISCARD  # which hides nothing: see visible
                 if whole and older.order < request.order:  # this one hides all that it hid
                     del self._held[older.order]
                     self._held_ranges.remove(older)
@@ -293,13 +299,6 @@ class WriteLog:
                 return True
         return False
 
-    def free_held(self) -> None:
-        """Nothing needs to be held any more."""
-        held, self._held, self._held_ranges = self._held, {}, Overlap()
-        for request in held.values():
-            if request.record >= 0:
-                self.leave(request)
-
     def lost(self) -> None:
         """The backend may have lost all that is not flushed: no running flush covers any of it."""
         self._completed.clear()
@@ -312,11 +311,26 @@ class WriteLog:
         return [r for _, r in sorted(self._entries.items()) if r.completed]
 
     def replayed(
-        self, entries: Iterable[Request], hold: Callable[[Request], bool] | None = None
+        self,
+        entries: Iterable[Request],
+        hold: Callable[[Request], bool] | None = None,
+        mark: int = 0,
     ) -> None:
-        """These were written again and flushed."""
-        for request in entries:
-            if self._held.pop(request.order, None) is not None:
+        """These are stable now, and so is all that had completed at `mark`.
+
+        They go oldest first, with what was held if nothing has to be any more: whoever takes
+        over between two stores must never find an older entry without the newer one over it.
+        """
+        gone = {request.order: request for request in entries}
+        completed = self._completed
+        while completed and completed[0].completed <= mark:
+            request = completed.popleft()
+            gone[request.order] = request
+        if hold is None:
+            gone.update(self._held)
+        for order in sorted(gone):
+            request = gone[order]
+            if self._held.pop(order, None) is not None:
                 self._held_ranges.remove(request)
             self._stable(request, hold)
 

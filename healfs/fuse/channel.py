@@ -17,7 +17,7 @@ from typing import Protocol
 
 import trio
 
-from healfs.core.request import Kind, Phase, Request
+from healfs.core.request import Kind, Phase, Request, oldest_first
 from healfs.core.ring import PayloadRing
 from healfs.fuse import negotiation, wire
 from healfs.fuse.messages import Messages
@@ -93,7 +93,7 @@ class Channel:
         self._swallow: int | None = None  # unique of the INIT whose reply the kernel has had
         self.resuming: trio.Event | None = None  # set when all that came again was handed on
         self._greeted = trio.Event()  # pyfuse3 has answered it
-        self._again: list[tuple[Request, int]] | None = None  # being collected: see _take_over
+        self._again: list[Request] | None = None  # being collected: see _take_over
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -133,9 +133,8 @@ class Channel:
         while self._drain_one_batch():
             pass
         again, self._again = self._again, None
-        again.sort(key=lambda pair: pair[0].tag & ~wire.RESEND_BIT)
-        for request, pid in again:
-            self._hold(request, pid)
+        for request in oldest_first(again):
+            self._hold(request, request.caller)
         log.info("%d requests came again", len(again))
         self.sink.resent()
         self.commit()
@@ -179,11 +178,11 @@ class Channel:
         return True
 
     def _hold(self, request: Request, pid: int) -> None:
+        request.caller = pid  # what is in flight now may have to wait later
         if self._again is not None:
-            self._again.append((request, pid))
+            self._again.append(request)
             return
         self.held[request.tag] = request
-        request.caller = pid  # what is in flight now may have to wait later
         self.sink.submit(request)
         if not request.answered and request.phase is not IN_FLIGHT:  # it waits: who asked?
             self.on_held(request)

@@ -60,7 +60,6 @@ FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 MAX_BACKGROUND = 65535
 
 NOTIFY_RESEND = 7  # Linux 6.9 and later
-RESEND_BIT = 1 << 63  # of the unique id of a request that comes again
 
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02

@@ -124,6 +124,17 @@ def loop_device(image: Path) -> Iterator[str]:
     subprocess.run(["losetup", "--detach", device], check=True, timeout=20)
 
 
+@pytest.fixture
+def write_through(loop_device: str) -> Iterator[str]:
+    """A loop device of which the kernel believes that it has no volatile cache."""
+    cache = Path("/sys/block") / Path(loop_device).name / "queue/write_cache"
+    before = cache.read_text()
+    assert before == "write back\n"
+    cache.write_text("write through")
+    yield loop_device
+    cache.write_text(before)
+
+
 @dataclass
 class HeldStore:
     """A file on a FUSE file system that holds every data request until it is told not to."""

@@ -139,6 +139,12 @@ async def test_a_block_device_is_exclusive_and_described(loop_device: str) -> No
             os.open(loop_device, os.O_RDONLY | os.O_EXCL)
         assert caught.value.errno == errno.EBUSY
         assert "in use" in await refused(FileBackend(loop_device))
+        assert client.geometry.volatile_cache
+
+
+async def test_a_device_without_a_volatile_cache_says_so(write_through: str) -> None:
+    async with connected(FileBackend(write_through)) as client:
+        assert client.geometry.can_flush and not client.geometry.volatile_cache
 
 
 async def test_a_full_file_system_is_enospc(tmp_path: Path) -> None:

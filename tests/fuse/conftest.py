@@ -11,6 +11,8 @@ import pytest
 
 from tests.backends.conftest import HeldStore as HeldStore
 from tests.backends.conftest import held_store as held_store
+from tests.backends.conftest import loop_device as loop_device
+from tests.backends.conftest import write_through as write_through
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -269,6 +270,22 @@ def test_a_server_that_cannot_flush(commands: Commands) -> None:
         assert commands.run("umount", commands.mountpoint).returncode == 0
 
 
+def test_a_device_without_a_volatile_cache(
+    write_through: str, commands: Commands, agent: Opener
+) -> None:
+    done = commands.mount(write_through)
+    assert done.returncode == 0 and done.stdout == f"{commands.file}\n", done
+    (log,) = done.stderr.splitlines()
+    assert log.startswith("healfs: no write log: ") and "no volatile cache" in log
+    disk = agent(commands.file)
+    disk.ok("pwrite", 0, ANSWERED)
+    status = json.loads(commands.run("status", commands.mountpoint, "--json").stdout)
+    assert (status["write_log"]["enabled"], status["write_log"]["requests"]) == (False, 0)
+    disk.ok("fsync")
+    disk.ended()
+    assert commands.run("umount", commands.mountpoint).returncode == 0
+
+
 def test_the_log_is_as_large_as_the_operator_says(image: Path, healfs_mount: Mounter) -> None:
     mount = healfs_mount(image, "--log-size", "3000000", "--log-entries", "2000")
     log = mount.status()["write_log"]
@@ -301,6 +318,22 @@ def test_a_file_that_shrank(image: Path, on_file: tuple[HealfsMount, Agent]) -> 
     assert blocks(image)[1] == bytes(4096)
     os.truncate(image, SIZE)
     assert disk.answer().value == len(WAITING)
+    disk.ok("fsync")
+    assert blocks(image) == (ANSWERED, WAITING)
+
+
+def test_a_file_is_cut_and_nobody_says_so(image: Path, on_file: tuple[HealfsMount, Agent]) -> None:
+    """A read behind the new end finds it out, and waits."""
+    mount, disk = on_file
+    os.truncate(image, SECOND)
+    disk.ask("pread", SECOND, 4096)
+    assert f"{SECOND} bytes" in mount.wait_state("mismatch")["reason"]
+    assert not disk.answered
+    with open(image, "r+b") as file:
+        file.seek(SECOND)
+        file.write(WAITING)
+        file.truncate(SIZE)
+    assert disk.answer().value == WAITING
     disk.ok("fsync")
     assert blocks(image) == (ANSWERED, WAITING)
 

@@ -30,6 +30,24 @@ def test_what_waits_in_an_outage_is_answered_by_the_successor(
     assert read == b"".join(bytes([number + 1]) * 4096 for number in range(4))
 
 
+def test_of_writes_to_one_place_the_newest_stays(
+    server: NbdServer, healfs_mount: Mounter, agent: Opener
+) -> None:
+    """The kernel sends what waits again in an order of its own."""
+    mount = healfs_mount(server.uri())
+    writers = [agent(mount.file) for _ in range(8)]
+    server.kill()
+    for number, writer in enumerate(writers, 1):
+        writer.ask("pwrite", 0, bytes([number]) * (9 - number) * 4096)
+        mount.wait_until(lambda status, n=number: status["requests"]["parked"] == n)  # type: ignore[misc]
+    mount.kill_worker()
+    mount.wait_until(lambda status: status["requests"]["parked"] == 8)
+    server.start()
+    assert [writer.answer().errno for writer in writers] == [0] * 8
+    read = agent(mount.file).ok("pread", 0, 8 * 4096)
+    assert read == b"".join(bytes([number]) * 4096 for number in range(8, 0, -1))
+
+
 def test_the_successor_has_the_policy_the_mode_and_the_pause(
     image: Path, healfs_mount: Mounter, agent: Opener
 ) -> None:

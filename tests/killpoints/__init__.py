@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from healfs.compiled import PLAIN
 from tests.backends.nbd_servers import wait_until
 
 WORKER = Path(__file__).parent / "worker"
@@ -93,4 +94,5 @@ def kill_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KillPoints:
     directory.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(WORKER))
     monkeypatch.setenv("HEALFS_KILL_POINTS", str(directory))
+    monkeypatch.setenv(PLAIN, "1")  # what is compiled cannot be got around
     return KillPoints(directory)

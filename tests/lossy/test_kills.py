@@ -128,13 +128,13 @@ def _until_written(disk: Control, mark: int) -> None:
 
 def _fio_through_kills(
     server: LossyServer, healfs_mount: Mounter, kills: int, size: int
-) -> tuple[int, str, int]:
-    """fio's status, what it said, and how many answered writes the server lost."""
+) -> tuple[int, str, list[int]]:
+    """fio's status, what it said, and how many answered writes the server lost in each kill."""
     server.kill()
     os.truncate(server.stable, size)
     server.start()
     mount = healfs_mount(server.uri())
-    lost = 0
+    lost = []
     with control(mount) as disk:
         load = _fio(mount.file, size >> 20)
         for number in range(1, kills + 1):
@@ -142,16 +142,21 @@ def _fio_through_kills(
             mark = size * number // (kills + 1)
             _until_written(disk, mark)
             server.kill()
-            lost += len(server.dropped())
+            lost.append(len(server.dropped()))
             server.start()
         said, _ = load.communicate(timeout=900)
     return load.returncode, said, lost
 
 
-def test_fio_verifies_through_kills(server: LossyServer, healfs_mount: Mounter) -> None:
-    status, said, lost = _fio_through_kills(server, healfs_mount, 3, 96 << 20)
+def _most_lost_something(lost: list[int]) -> None:
+    """A kill just after a flush of fio's or of the log's proves nothing."""
+    assert sum(number > 0 for number in lost) >= len(lost) // 2, f"answered writes lost: {lost}"
+
+
+def test_fio_verifies_through_ten_kills(server: LossyServer, healfs_mount: Mounter) -> None:
+    status, said, lost = _fio_through_kills(server, healfs_mount, 10, 96 << 20)
     assert status == 0, said
-    assert lost > 0, "the server lost nothing"
+    _most_lost_something(lost)
 
 
 @pytest.mark.soak
@@ -159,7 +164,7 @@ def test_fio_verifies_through_kills(server: LossyServer, healfs_mount: Mounter) 
 def test_fio_verifies_through_a_hundred_kills(server: LossyServer, healfs_mount: Mounter) -> None:
     status, said, lost = _fio_through_kills(server, healfs_mount, 100, 512 << 20)
     assert status == 0, said
-    assert lost > 100
+    _most_lost_something(lost)
 
 
 def test_fio_finds_what_is_lost_without_a_replay(
@@ -167,5 +172,5 @@ def test_fio_finds_what_is_lost_without_a_replay(
 ) -> None:
     with broken(tmp_path, NO_REPLAY):
         status, said, lost = _fio_through_kills(server, healfs_mount, 1, 96 << 20)
-    assert lost > 0
+    assert lost[0] > 0
     assert status != 0 and "verify" in said, said

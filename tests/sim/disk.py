@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from healfs.core.request import Kind, Request
-from tests.sim.oracle import Violation, decode, encode, first_value
+from tests.sim.oracle import Violation, decode, encode, first_value, op_id
 from tests.sim.plan import ERRNOS, SECTOR, Plan, chance
 
 if TYPE_CHECKING:
@@ -80,14 +80,16 @@ class Disk:
         self.cache.pop(sector, None)
         self._set(sector, value)
 
-    def lose_cache(self, seed: int, number: int) -> None:
-        """Each sector keeps what was written back by chance, and loses the rest."""
+    def lose_cache(self, seed: int, number: int) -> int:
+        """Each sector keeps what was written back by chance, and loses the rest; how many do."""
         for sector, cached in sorted(self.cache.items()):
             kept = int(chance(seed, number, sector) * (len(cached) + 2))
             dirty = [c for c in cached[:kept] if not c.clean]
             if kept <= len(cached) and dirty:
                 self._set(sector, dirty[-1].value)
+        lost = sum(cached[-1].value != self.stable[sector] for sector, cached in self.cache.items())
         self.cache.clear()
+        return lost
 
 
 class Server:
@@ -110,6 +112,7 @@ class Server:
         self.full_until = 0.0
         self.relapse_until = 0.0
         self.stubborn_until = 0.0
+        self.offline_until = 0.0
         self.fail_next = self.hang_next = self.delay_next = self.short_next = 0
         self.fail_flushes = 0
         self.which_errno = 0
@@ -137,7 +140,8 @@ class Server:
             if not attempt.applied and attempt.request.kind is not Kind.READ:
                 self._abandon(attempt)
         if crash and self.options.cache_loss:
-            self.disk.lose_cache(self.plan.seed, self.last_session)
+            lost = self.disk.lose_cache(self.plan.seed, self.last_session)
+            self.world.happened["cache_loss"] += lost > 0
             self.world.say("the volatile cache is lost")
 
     def _abandon(self, attempt: Attempt) -> None:
@@ -157,6 +161,7 @@ class Server:
         if attempt in self._ghosts:
             self._ghosts.remove(attempt)
             self.world.say(f"late: {attempt.request}")
+            self.world.happened["late"] += 1
             self._apply(attempt, torn=False)
 
     def fence(self) -> None:
@@ -171,7 +176,7 @@ class Server:
             self.untaken.add(id(request))
             return  # into a connection that is dead and not yet known to be
         seed, kind = self.plan.seed, int(request.kind)
-        key = (kind, request.offset, request.tag)
+        key = (kind, request.offset, op_id(request))
         tries = self._tries[key] = self._tries.get(key, 0) + 1
         attempt = Attempt(request, self.session, chance(seed, *key, tries))
         self._hands.append(attempt)
@@ -205,6 +210,7 @@ class Server:
         for sector, cached in self.disk.cache.items():
             for entry in reversed(cached):
                 own = not self.options.session_flush or entry.attempt.session == session
+                self.world.happened["session_flush"] += entry.attempt.replied and not own
                 if entry.attempt.replied and own:
                     covers.append((sector, entry))
                     break
@@ -213,7 +219,9 @@ class Server:
     def _refuses(self, attempt: Attempt) -> bool:
         kind, now = attempt.request.kind, self.world.now
         writes = kind in (Kind.WRITE, Kind.WRITE_ZEROES)
-        if kind is Kind.READ and self.bad_sectors.intersection(_sectors(attempt.request)):
+        if now < self.offline_until:
+            attempt.errno = e.EIO
+        elif kind is Kind.READ and self.bad_sectors.intersection(_sectors(attempt.request)):
             attempt.errno = e.ENODATA
         elif writes and now < self.full_until:
             attempt.errno = e.ENOSPC
@@ -246,6 +254,7 @@ class Server:
         """A short transfer: the rest follows later, unless the connection ends before."""
         request = attempt.request
         self.world.say(f"short: {request}")
+        self.world.happened["short"] += 1
         half = request.length // SECTOR // 2
         self._apply(attempt, torn=False, part=range(half))
         attempt.applied = False
@@ -293,6 +302,7 @@ class Server:
             if part is not None and index not in part:
                 continue
             if (torn or lazy) and chance(int(attempt.luck * 1e9), index) < 0.5:
+                self.world.happened["torn"] += torn
                 continue
             self.bad_sectors.discard(sector)
             if request.fua and not torn:
@@ -325,7 +335,7 @@ class Server:
         """All faults end; what hung is answered."""
         self._calm = True
         self.away_until = self.other_until = self.frozen_until = self.full_until = 0.0
-        self.relapse_until = self.stubborn_until = 0.0
+        self.relapse_until = self.stubborn_until = self.offline_until = 0.0
         self.fail_next = self.fail_flushes = self.hang_next = self.delay_next = self.short_next = 0
         self._dies_after = 0
         self.bad_sectors.clear()

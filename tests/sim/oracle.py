@@ -13,13 +13,26 @@ import struct
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 
-from healfs.core.request import Kind
+from healfs.core.request import TAG_MASK, Kind, Request
 from tests.sim.plan import SECTOR, Op
 
 POISON = (1 << 63) | 0xDEAD
 _FIRST = 1 << 62  # the sectors' first values: _FIRST + sector
 _AGAIN = 1 << 61
 _WORD = struct.Struct("<Q")
+
+
+_ID = (1 << 32) - 1
+
+
+def tag_of(op: Op, order: int, *, again: bool) -> int:
+    """As FUSE's unique ids: ever larger, and with a bit more when a request comes again."""
+    return (TAG_MASK + 1 if again else 0) | order << 32 | op.id
+
+
+def op_id(request: Request) -> int:
+    """0: a request of the engine's own."""
+    return request.tag & _ID
 
 
 class Violation(BaseException):
@@ -70,6 +83,8 @@ class Oracle:
         self._floor = [0] * sectors  # the newest write that is done
         self._stable_floor = [0] * sectors
         self._at_flush: dict[int, list[int]] = {}
+        self._final: dict[int, int] = {}  # a write's id and index -> its content: see _stays
+        self._writes_done: set[int] = set()
         self.answered: set[int] = set()
 
     def submitted(self, op: Op) -> None:
@@ -92,6 +107,7 @@ class Oracle:
             self._flushed(self._at_flush.pop(op.id))
         elif op.kind in (Kind.WRITE, Kind.WRITE_ZEROES):
             order = self._order[op.id]
+            self._writes_done.add(op.id)
             for sector in range(op.sector, op.sector + op.count):
                 insort(self._done[sector], order)
                 self._floor[sector] = self._done[sector][-1]
@@ -148,7 +164,16 @@ class Oracle:
         op = self._ops.get((value & ~_AGAIN) >> 8)
         if op is None or op.kind is not Kind.WRITE or op.sector + (value & 255) != sector:
             raise Violation("garbage", f"sector {sector} holds {self.name(value)}")
+        if op.id in self._writes_done:
+            self._stays(value)
         return self._order[op.id]
+
+    def _stays(self, value: int) -> None:
+        """Whose pages changed before the request came again gets either content, but only one."""
+        first = self._final.setdefault(value & ~_AGAIN, value)
+        if value != first:
+            text = f"{self.name(value)} is there, and {self.name(first)} was"
+            raise Violation("changed", text)
 
     def name(self, value: int) -> str:
         if value == POISON:
@@ -158,6 +183,10 @@ class Oracle:
         changed = " changed" if value & _AGAIN else ""
         value &= ~_AGAIN
         return f"#{value >> 8}[{value & 255}]{changed}" if value else "zero"
+
+    def order_of(self, op: Op) -> int:
+        """Its place among all that guests have asked for."""
+        return self._order[op.id]
 
     def _who(self, order: int) -> str:
         return next((str(self._ops[i]) for i, o in self._order.items() if o == order), "the first")

@@ -57,6 +57,8 @@ class Options:
     refused_entry: bool = False  # a write is refused for a while after each connection
     short: bool = False  # requests are carried out in two pieces, with time between
     accept: bool = False  # the operator takes another disk for the right one, or drops the log
+    killed: bool = False  # the worker dies between two stores of the log's table
+    probe: bool = False  # EIO may mean that the storage is away; a probe tells
 
     def only(self, names: set[str]) -> Options:
         return replace(
@@ -77,6 +79,8 @@ WITH_LOG = replace(
     worker=True,
     short=True,
     accept=True,
+    killed=True,
+    probe=True,
 )
 
 
@@ -135,7 +139,7 @@ _MANNERS = {
     "fence",
 }
 # Chosen last and by a generator of their own, so that older seeds mean what they meant.
-_ADDED = {"short", "accept"}
+_ADDED = {"short", "accept", "killed", "probe"}
 _KINDS = [Kind.WRITE] * 9 + [Kind.READ] * 7 + [Kind.FLUSH] * 4
 _KINDS += [Kind.WRITE_ZEROES, Kind.DISCARD]
 
@@ -170,7 +174,7 @@ def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
         entries.append(Fault(at, rng.choice(names), seconds, rng.getrandbits(16)))
     rng_added = random.Random(~seed)
     for name in added:
-        if rng_added.random() < 0.4:
+        if len(added) < 3 or rng_added.random() < 0.4:
             used = replace(used, **{name: True})
             for _ in range(rng_added.randint(1, 3)):
                 at, seconds = rng_added.uniform(0, end), rng_added.uniform(0, 3.0)

@@ -14,9 +14,10 @@ from typing import Any
 from unittest import mock
 
 from healfs.core import replay
+from healfs.core import request as requests
 from healfs.core.engine import Engine
 from healfs.core.overlap import Overlap
-from healfs.core.request import Kind, Phase, Request
+from healfs.core.request import TAG_MASK, Kind, Phase, Request
 from healfs.core.unsettled import Unsettled
 from healfs.core.writelog import WriteLog
 from tests.sim.plan import TODAY, WITH_LOG, Options, Plan
@@ -159,22 +160,48 @@ class ResentAnsweredUnsent(Engine):
     """What comes again from the kernel and is in the log already is answered at once."""
 
     def _submit_again(self, request: Request) -> bool:
-        if (entry := self._recovered.get(request.tag)) is not None:
+        if (entry := self._recovered.get(request.tag & TAG_MASK)) is not None:
             entry.completed = 1
         return super()._submit_again(request)
 
 
-def fua_not_logged(log: WriteLog, request: Request) -> None:
+class ResentWithItsNewBytes(Engine):
+    """What comes again is sent with the bytes that it has now."""
+
+    def _submit_again(self, request: Request) -> bool:
+        data = None if request.data is None else bytes(request.data)
+        done = super()._submit_again(request)
+        if data is not None and request.data is not None:
+            memoryview(request.data)[:] = data
+        return done
+
+
+def fua_not_logged(log: WriteLog, request: Request, hold: Any = None) -> None:
     if request.fua:
         log._count += 1
         request.completed = log._count
         log.leave(request)
     else:
-        _COMPLETE(log, request)
+        _COMPLETE(log, request, hold)
 
 
 def trims_by_answer_time(log: WriteLog, mark: int, hold: Any = None) -> None:
     _TRIM(log, log.mark(), hold)
+
+
+def frees_as_it_finds(
+    log: WriteLog, entries: Iterable[Request], hold: Any = None, mark: int = 0
+) -> None:
+    """What has completed since, then what was replayed, then what was held."""
+    log.trim(mark, hold)
+    for request in entries:
+        _REPLAYED(log, [request], hold or _nothing)
+    if hold is None:
+        _REPLAYED(log, [])
+
+
+def _nothing(request: Request) -> bool:
+    return False
 
 
 def newest_first(entries: Iterable[Request]) -> Iterator[tuple[Request, int, int]]:
@@ -187,10 +214,12 @@ class AcceptDropsTheLog(Engine):
         super().accept(replay=False)
 
 
-_COMPLETE, _TRIM = WriteLog.complete, WriteLog.trim
+_COMPLETE, _TRIM, _REPLAYED = WriteLog.complete, WriteLog.trim, WriteLog.replayed
 LOSSES = replace(TODAY, cache_loss=True)
 SILENCES = Options(flush_loses=True).only({"freeze", "flush_loses", "delay"})
 CRASHES = replace(TODAY, late=True, worker=True)
+KILLS = WITH_LOG.only({"refused_entry", "killed"})
+CHANGES = WITH_LOG.only({"worker", "killed", "late", "torn"})
 
 
 def _patched(target: object, name: str, new: object) -> Callable[[], Any]:
@@ -242,6 +271,19 @@ BUGS = (
     Bug("latched after a silence", ("lost answer",), StaysLatched, SILENCES),
     Bug("unsettled set lost with the worker", LIES, UnsettledLostWithTheWorker, CRASHES),
     Bug("resent bytes answered, not sent", LIES, ResentAnsweredUnsent, CRASHES),
+    Bug("resent bytes sent, not the saved ones", ("changed",), ResentWithItsNewBytes, CHANGES),
+    Bug(
+        "resent unsorted",
+        LIES,
+        options=CRASHES,
+        patch=_patched(requests, "_first_tag", lambda request: 0),
+    ),
+    Bug(
+        "freed as it is found",
+        LIES,
+        options=KILLS,
+        patch=_patched(WriteLog, "replayed", frees_as_it_finds),
+    ),
     Bug(
         "suspect bytes read from the backend",
         LIES,

@@ -107,7 +107,7 @@ def first_failure(
     return None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, make: MakeWorld = make_world) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim.run", description=__doc__)
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--seed", type=int, help="the first one (default 0); alone: only this one")
@@ -124,14 +124,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     total, began, failed = Sum(), time.perf_counter(), 0
     for seed in range(first, first + count):
-        failure = run_seed(seed, options, make_world, total)
+        failure = run_seed(seed, options, make, total)
         if failure is None:
             continue
         failed += 1
         print(f"seed {seed}: {failure.text.splitlines()[0]}")
         if not given.keep_going:
-            short = failure if given.trace else shrink(failure)
-            print("\n".join(short.trace()))
+            short = failure if given.trace else shrink(failure, make)
+            print("\n".join(short.trace(make)))
             break
     seconds = time.perf_counter() - began
     print(

@@ -6,32 +6,25 @@ import errno as e
 import heapq
 import logging
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
 from healfs.core.engine import Engine
-from healfs.core.policy import Action, DirectionPolicy, Policy
-from healfs.core.request import Kind, Request
-from healfs.core.ring import Slot
+from healfs.core.policy import Action, Policy
+from healfs.core.request import Kind, Request, oldest_first
+from healfs.core.ring import PayloadRing, Slot
 from healfs.core.states import State
 from healfs.core.writelog import WriteLog, memory_size
+from tests.sim.death import Death, Stores
 from tests.sim.disk import REFUSED, Server
-from tests.sim.oracle import POISON, Oracle, Violation, decode, encode, value_of
-from tests.sim.plan import SECTOR, Fault, Op, Plan
+from tests.sim.faults import strike
+from tests.sim.oracle import POISON, Oracle, Violation, decode, encode, op_id, tag_of, value_of
+from tests.sim.plan import SECTOR, Fault, Op, Plan, chance
 
 HEALED_WITHIN = 60.0  # virtual seconds until every request must be answered
 RING = 256 << 10  # bytes of payloads: small, so that it is full now and then
 MAX_EVENTS = 400_000
-
-_POLICIES = (
-    Policy(),
-    Policy(DirectionPolicy(Action.REPORT), DirectionPolicy(Action.REPORT)),
-    Policy(DirectionPolicy(), DirectionPolicy(Action.RETRY, 0.2, 1.0)),
-    Policy(DirectionPolicy(Action.RETRY, 0.5, 2.0, Action.STOP), DirectionPolicy(Action.ENOSPC)),
-    Policy(DirectionPolicy(Action.IGNORE), DirectionPolicy(Action.RETRY, 1.0, 3.0, Action.IGNORE)),
-    Policy(DirectionPolicy(), DirectionPolicy(Action.STOP)),
-)
 
 
 class _Bugs(logging.Handler):
@@ -41,6 +34,16 @@ class _Bugs(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.text = self.format(record)
+
+
+class _WatchedRing(PayloadRing):
+    def __init__(self, memory: memoryview, released: Callable[[Slot], None]) -> None:
+        super().__init__(memory, RING // 4)
+        self.released = released
+
+    def release(self, slot: Slot) -> None:
+        self.released(slot)
+        super().release(slot)
 
 
 class World:
@@ -56,14 +59,16 @@ class World:
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
         self.events = 0
+        self.happened: Counter[str] = Counter()  # of what chance decides, when it is really so
+        self.stores = Stores()
         self.server = Server(plan, self)
         self.oracle = Oracle(plan.sectors, lambda sector: self.server.disk.stable[sector])
         self._make_engine = engine
         more.setdefault("settle", plan.settle)
         more.setdefault("fence", plan.options.fence and plan.seed % 2 == 0)
-        if "log" not in more:
-            self._memory = memoryview(bytearray(memory_size(RING, 1024)))
-            more["log"] = WriteLog(self._memory, 1024, RING // 4)
+        if plan.options.probe:
+            more.setdefault("ambiguous", frozenset({e.EIO, e.EROFS}))
+        self._memory = memoryview(bytearray(memory_size(RING, 1024)))
         self._keywords = more
         self._alarm = 0  # the last one that was set
         self.engine = self._new_engine()
@@ -87,13 +92,14 @@ class World:
 
     def _new_engine(self) -> Engine:
         self._released: dict[int, Slot] = {}
-        ring = self._keywords["log"].ring
-        self._ring_release = ring.release
-        ring.release = self._release
+        log = WriteLog(self._memory, 1024, RING // 4)
+        log.ring = _WatchedRing(self._memory[-RING:], self._release)
+        self.stores.watch(log)
         return self._make_engine(
             self,
             Policy(),
             lambda: self.now,
+            log,
             rng=random.Random(self.plan.seed),
             **self._keywords,
         )
@@ -137,7 +143,10 @@ class World:
             if idle is not None and idle():
                 return
             self.now, _, call, arguments = heapq.heappop(heap)
-            call(*arguments)
+            try:
+                call(*arguments)
+            except Death:
+                self._killed()
             self.events += 1
             if self.engine.state is State.FAULTED:
                 raise Violation("faulted", self._bugs.text)
@@ -176,7 +185,7 @@ class World:
             data=data,
             fua=op.fua,
             may_unmap=op.kind is Kind.WRITE_ZEROES and op.id % 2 == 0,
-            tag=op.id,
+            tag=tag_of(op, self.oracle.order_of(op), again=again),
         )
         if data is not None:
             slot = self.engine.log.ring.store(data)
@@ -189,13 +198,14 @@ class World:
     def _cancel(self, op: Op) -> None:
         if op.id not in self.oracle.answered:
             self.say(f"guest {op.client}: gives up {op}")
+            self.happened["cancel"] += 1
             self._cancelled.add(op.id)
             self.engine.cancel(self._requests[op.id])
             if op.id not in self.oracle.answered:
                 raise Violation("lost answer", f"{op} was cancelled and is not answered")
 
     def _answered(self, request: Request, errno: int, data: Any) -> None:
-        op = self._ops[request.tag]
+        op = self._ops[op_id(request)]
         self.say(f"answer {op}: {e.errorcode[errno] if errno else 'done'}")
         self.oracle.answer(op)
         direction = "read" if op.kind is Kind.READ else "write"
@@ -228,20 +238,19 @@ class World:
         self.server.receive(request)
 
     def _name(self, request: Request) -> object:
-        return request if request.internal else self._ops.get(request.tag, request)
+        return request if request.internal else self._ops.get(op_id(request), request)
 
     def _outside(self, data: bytearray) -> Slot:
         self.engine.log.ring.overflow += len(data)
         return Slot(data, 0, 0)
 
     def _release(self, slot: Slot) -> None:
-        """In place of the ring's: whoever still reads a payload that was let go shall be seen."""
+        """Before the ring has it: whoever still reads a payload that was let go shall be seen."""
         if id(slot) in self._released and self._released[id(slot)] is slot:
             raise Violation("released twice", str(slot.request))
         self._released[id(slot)] = slot
         if not slot.pinned:
             slot.data[:] = encode([POISON]) * (len(slot.data) // SECTOR)
-        self._ring_release(slot)
 
     def taken(self, request: Request) -> bool:
         return id(request) not in self.server.untaken
@@ -268,6 +277,19 @@ class World:
             self.server.fence()
         self.engine.fenced("" if works else "no power switch")
 
+    def probe(self) -> None:
+        self.later(0.02, self._probed, self.engine)
+
+    def _probed(self, who: Engine) -> None:
+        if who is not self.engine:
+            return
+        away = "the device is offline" if self.now < self.server.offline_until else ""
+        self.say(f"probe: {away or 'it is there'}")
+        self.happened["probed away" if away else "probed there"] += 1
+        if away:
+            self.server.break_off(crash=True)
+        self.engine.probed(away)
+
     def wake_at(self, when: float) -> None:
         # A timer never fires at once: else sums that differ by a rounding would spin for ever.
         self._alarm += 1
@@ -289,7 +311,7 @@ class World:
         self._trying = False
         accepted, self._accepted = self._accepted, None
         self._wrong_disk = False
-        if self.now < self.server.away_until:
+        if self.now < max(self.server.away_until, self.server.offline_until):
             self.engine.connect_failed(e.ECONNREFUSED)
         elif self.now < self.server.other_until:
             self.say(f"another disk answers; accepted: {accepted}")
@@ -314,7 +336,7 @@ class World:
             result = e.errorcode[errno] if errno else "ok"
             self.say(f"  reply {self._name(request)}: {result}")
         if errno in REFUSED and not request.internal:
-            self._refused.add(request.tag)
+            self._refused.add(op_id(request))
         self._completing = None if errno else request
         self.engine.completed(request, errno, data)
         self._completing = None
@@ -340,70 +362,22 @@ class World:
 
     def _fault(self, fault: Fault) -> None:
         self.say(f"FAULT {fault}")
-        server, until, number = self.server, self.now + fault.seconds, fault.number
-        match fault.name:
-            case "errno":
-                server.fail_next, server.which_errno = 1 + number % 4, number >> 4
-            case "flush_loses":
-                server.fail_flushes = 1 + number % 3
-            case "delay":
-                server.delay_next = 1 + number % 4
-            case "hang":
-                server.hang_next = 1 + number % 2
-            case "freeze":
-                server.frozen_until = until
-            case "disconnect":
-                self.disconnect(crash=number % 4 != 0, notice=0.001 if number & 16 else 0.05)
-            case "away":
-                server.away_until = until
-                self.disconnect(crash=True, notice=0.001)
-            case "relapse":
-                server.relapse_until = until
-                self.disconnect(crash=True, notice=0.001)
-            case "enospc":
-                server.full_until = until
-            case "refused_entry":
-                server.stubborn_until = until
-                self.disconnect(crash=True, notice=0.001)
-            case "bad_sector":
-                server.bad_sectors.add(number % self.plan.sectors)
-            case "identity":
-                server.other_until = until
-                self.disconnect(crash=True, notice=0.001)
-            case "policy":
-                self._set_policy(_POLICIES[number % len(_POLICIES)])
-            case "pause":
-                self.engine.pause()
-                self.later(fault.seconds, lambda: self.engine.resume())
-            case "accept":
-                server.other_until = until + 30
-                self.disconnect(crash=True, notice=0.001)
-                self.later(fault.seconds, self._accept, "replay" if number % 2 else "drop")
-            case "short":
-                server.short_next = 1 + number % 8
-            case "reconnect":
-                self.engine.reconnect()
-            case "fail":
-                self._fail()
-            case "worker":
-                self._worker_dies()
-            case other:
-                raise ValueError(other)
+        strike(self, fault)
 
-    def _accept(self, how: str) -> None:
+    def accept(self, how: str) -> None:
         if self.engine.state is State.MISMATCH:
             self.say(f"the operator accepts: {how}")
             self._accepted = how
             self.engine.accept(replay=how == "replay")
 
-    def _set_policy(self, policy: Policy) -> None:
+    def set_policy(self, policy: Policy) -> None:
         for direction, given in (("read", policy.read), ("write", policy.write)):
             may_fail = given.error is not Action.RETRY or given.retry_timeout > 0
             self._may_fail[direction] |= may_fail
             self._may_ignore[direction] |= Action.IGNORE in (given.error, given.then)
         self.engine.set_policy(policy)
 
-    def _fail(self) -> None:
+    def fail(self) -> None:
         waiting = self.oracle.unanswered()
         self._cancelled.update(op.id for op in waiting)
         given_up = self.engine.fail_all()
@@ -412,23 +386,32 @@ class World:
         if sum(n["requests"] for n in given_up.values()) != len(waiting):
             raise Violation("miscounted", f"{len(waiting)} were failed, not {given_up}")
 
-    def _worker_dies(self) -> None:
+    def worker_dies(self) -> None:
         """kill -9: what the kernel has no answer for comes again, to a successor on the memory
         that was left. The callers' pages may have changed since."""
         self.server.break_off(crash=False)
         self._linked = self._trying = False
         self._accepted = None
         self._alarm += 1
-        self._keywords["log"] = WriteLog(self._memory, 1024, RING // 4)
         self.engine = self._new_engine()
         self.engine.take_over()
         if not self.engine.size:  # it died before the first connection
             self.engine.size = self.plan.sectors * SECTOR
-        for op in self.oracle.unanswered():
-            self.say(f"again: {op}")
-            self.engine.submit(self._request(op, again=True))
+        waiting = self.oracle.unanswered()
+        waiting.sort(key=lambda op: chance(self.plan.seed, op.id))  # the kernel: in no useful order
+        for request in oldest_first([self._request(op, again=True) for op in waiting]):
+            self.say(f"again: {self._name(request)}")
+            self.engine.submit(request)
         self.engine.resent()
         self.engine.start()
+
+    def _killed(self) -> None:
+        self.say("DEATH between two stores")
+        self.happened["killed"] += 1
+        self._completing = None
+        self.worker_dies()
+        for client in self._queues:  # whatever was going on in the world goes on
+            self.later(0.0, self._pump, client)
 
     # --- the second phase ------------------------------------------------------------------
 
@@ -436,10 +419,11 @@ class World:
         """Nothing goes wrong any more: everything must end, soon."""
         self.say("HEAL")
         self._healed = True
+        self.stores.disarm()
         self.server.calm()
         self._heap = [entry for entry in self._heap if entry[2] != self._fault]
         heapq.heapify(self._heap)
-        self._set_policy(Policy())
+        self.set_policy(Policy())
         self.engine.resume()
         if self.plan.options.hang or self.plan.seed % 2:
             # What hangs for ever ends with its connection.

@@ -341,7 +341,7 @@ def test_what_hides_a_suspect_entry_stays_until_it_is_hidden_itself():
     world.entered(2 * PAGE, PAGE // 2, completed=True)
     world.log.trim(world.log.mark(), hold=lambda request: False)
     assert world.orders() == {4, 5}  # 5 is newer than 4 in a part of it
-    world.log.free_held()
+    world.log.replayed([])
     assert not world.orders() and not world.log.ring.used
 
 

@@ -91,7 +91,6 @@ def _always(*_: object) -> bool:
 
 
 def _install(points: Points) -> None:
-    from healfs.core import writelog
     from healfs.core.engine import Engine
     from healfs.core.replay import Replay
     from healfs.core.request import Kind
@@ -116,25 +115,30 @@ def _install(points: Points) -> None:
     points.after(Engine, "take_over", "take-over", _always)
     points.after(Engine, "_submit_again", "resent", _always)
     points.before(Engine, "connect_failed", "outage", others_wait)
-    _half_entry(points, writelog)
+    _half_entry(points, WriteLog)
     _in_trim(points, WriteLog)
     _gate(Channel)
 
 
-def _half_entry(points: Points, writelog: Any) -> None:
-    """The record is written, its state word not yet."""
-    record = writelog.RECORD
+def _half_entry(points: Points, log: Any) -> None:
+    """The record is written, its state not yet."""
 
-    class Record:
-        size = record.size
-        unpack_from = record.unpack_from
+    class Words:
+        def __init__(self, view: memoryview) -> None:
+            self.view = view
 
-        @staticmethod
-        def pack_into(*arguments: Any) -> None:
-            record.pack_into(*arguments)
-            points.passing("half-entry")
+        def __setitem__(self, at: int, value: int) -> None:
+            if not at % 8:
+                points.passing("half-entry")
+            self.view[at] = value
 
-    writelog.RECORD = Record
+    original = log.__init__
+
+    def wrapped(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        self._words = Words(self._words)
+
+    log.__init__ = wrapped
 
 
 def _in_trim(points: Points, log: Any) -> None:
