@@ -14,13 +14,17 @@ help: ## list the targets
 
 # Installing with the test extra satisfies the plain stamp too, so demo after
 # setup does nothing.
-$(VENV)/.run: pyproject.toml tests/setup/packages
+# What is compiled where there is a C compiler; see healfs/compiled.py.
+COMPILED := $(wildcard healfs/*/*.pxd healfs/*/*.pyx)
+COMPILED += $(patsubst %.pxd,%.py,$(filter %.pxd,$(COMPILED)))
+
+$(VENV)/.run: pyproject.toml tests/setup/packages $(COMPILED)
 	tests/setup/packages run
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.test: pyproject.toml tests/setup/packages
+$(VENV)/.test: pyproject.toml tests/setup/packages $(COMPILED)
 	tests/setup/packages test
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(PIP) --editable '.[test]'
@@ -36,6 +40,7 @@ test: setup ## lint, types, import rules, and all tests but those marked soak
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	HEALFS_PLAIN=1 $(BIN)/python -m pytest -m 'not soak' tests/unit tests/sim
 	$(BIN)/python -m pytest -m 'not soak'
 
 soak: setup ## the tests with full counts (long)
@@ -66,7 +71,7 @@ FISH_COMPLETION := $(SHARE)/fish/vendor_completions.d/healfs.fish
 # A virtual environment that may be moved: nothing in it names the place it was made in.
 install: $(MAN) ## for the whole system: make install DESTDIR= PREFIX=/usr/local
 	tests/setup/packages run
-	rm -rf $(LIB) build/lib build/bdist.*
+	rm -rf $(LIB) build/lib* build/temp.* build/bdist.*
 	$(PYTHON) -m venv $(LIB)
 	$(LIB)/bin/python -m pip install --disable-pip-version-check -qq --no-compile .
 	$(LIB)/bin/python -m pip uninstall -qq -y pip setuptools
@@ -97,3 +102,4 @@ clean: ## remove what make made
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache \
 		.hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find healfs -name '*.so' -delete -o -name '*.c' -delete

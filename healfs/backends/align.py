@@ -45,8 +45,10 @@ class AlignedBackend(Backend):
         if self._block == 1:
             # Nothing to do here: a call saved for each request.
             self.submit = self._inner.submit  # type: ignore[method-assign]
+            self.commit = self._inner.commit  # type: ignore[method-assign]
             return geometry
         self.__dict__.pop("submit", None)
+        self.__dict__.pop("commit", None)
         notes = geometry.notes
         size = geometry.size - geometry.size % self._block
         if size != geometry.size:

@@ -17,7 +17,7 @@ from healfs.backends import nbd_transmission as wire
 from healfs.backends import nbd_uri
 from healfs.backends.base import Backend, Extent, Geometry, Polled, SourceError
 from healfs.backends.nbd_connect import open_export
-from healfs.backends.nbd_link import Link
+from healfs.backends.nbd_link import RECEIVE, Link
 from healfs.backends.nbd_tls import TlsSocket
 from healfs.backends.nbd_watch import path_changed
 from healfs.core.request import Done, Kind, Request
@@ -29,15 +29,8 @@ ZERO_MAX = 128 << 20  # bytes of one TRIM or WRITE_ZEROES: slow servers write th
 PIECES_IN_FLIGHT = 4  # of one request
 STATUS_MAX = 1 << 30  # bytes asked by one BLOCK_STATUS
 EXTENT_ROUNDS = 64
-# Small enough to stay in the processor's cache. A reply cut at its end is received to its end, and
-# no farther: so the buffer is empty again then, and is used from its start.
-RECEIVE = 256 << 10
 BUFFER = PIECE_MAX + 4 * RECEIVE
 MAXIMUM_PAYLOAD = 32 << 20  # where the server names no limit
-RECEIVES_MAX = 16  # per wake-up, so that other tasks run
-
-# An enum's member is looked up through its metaclass, and these are wanted for each request.
-READ, WRITE = Kind.READ, Kind.WRITE
 
 _COMMANDS = {
     Kind.READ: wire.CMD_READ,
@@ -159,8 +152,10 @@ class NbdBackend(Backend):
         except BaseException:
             sock.close()
             raise
-        self._link = link = Link(sock, export, self._view)
-        link.poll = partial(self._receive_batch, link)
+        self._link = link = Link(sock, export, self._view, self._piece_max, self._seldom)
+        # A call less for each request and each batch.
+        self.submit = link.submit  # type: ignore[method-assign]
+        self.commit = link.commit  # type: ignore[method-assign]
         return geometry
 
     def _geometry(self, export: proto.Export) -> Geometry:
@@ -197,23 +192,14 @@ class NbdBackend(Backend):
     # --- requests ---
 
     def submit(self, request: Request, done: Done) -> None:
-        link = self._link
+        """Not connected."""
+        self._answers.append((request, done, e.ENOTCONN))
+
+    def _seldom(self, request: Request, done: Done) -> None:
+        """What is more than one READ or WRITE."""
+        link, kind = self._link, request.kind
         if link is None:
-            self._answers.append((request, done, e.ENOTCONN))
             return
-        kind = request.kind
-        if request.length <= self._piece_max and not request.fua:  # nearly all requests
-            if kind is READ:
-                link.protocol.queue(
-                    wire.Command(wire.CMD_READ, 0, request.offset, request.length, request, done)
-                )
-                return
-            if kind is WRITE:
-                link.protocol.queue(
-                    wire.Command(wire.CMD_WRITE, 0, request.offset, request.length, request, done),
-                    request.data,
-                )
-                return
         flags = 0
         limit = self._piece_max
         flush = False
@@ -229,7 +215,7 @@ class NbdBackend(Backend):
             limit = self._zero_max
         errno = self._unable(link, kind)
         if errno is not None:
-            self._answers.append((request, done, errno))
+            link.answers.append((request, done, errno))
         elif request.length > limit or flush:
             Pieces(self, request, done, limit, flags, flush)
         elif kind is Kind.FLUSH:
@@ -272,9 +258,6 @@ class NbdBackend(Backend):
         while self._answers:
             request, done, errno = self._answers.pop(0)
             done(request, errno, None)
-        link = self._link
-        if link is not None and not link.blocked and link.protocol.out:
-            link.send()
 
     # --- serving ---
 
@@ -314,50 +297,16 @@ class NbdBackend(Backend):
                 await link.readable()
             except trio.ClosedResourceError:
                 break
-            self._receive_batch(link)
+            link.poll()
         return link.ended or OSError(e.ECONNABORTED, "the connection was given up")
-
-    def _receive_batch(self, link: Link) -> None:
-        if link.blocked:
-            link.blocked = False
-            link.send()
-        for _ in range(RECEIVES_MAX):
-            if link.ended is not None or not self._receive_once(link):
-                break
-
-    def _receive_once(self, link: Link) -> bool:
-        """Whether there may be more."""
-        protocol, view, end = link.protocol, link.view, link.end
-        wanted = protocol.missing or RECEIVE
-        try:
-            count = link.sock.recv_into(view[end : end + wanted])
-            if not count:
-                raise OSError(e.ECONNRESET, "the server closed the connection")
-            end += count
-            link.pos = protocol.receive(view, link.pos, end)
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError as error:
-            link.ended = link.broken or error
-            trio.lowlevel.notify_closing(link.sock)  # `serve` waits for more of it
-            return False
-        self.commit()
-        if protocol.closed:
-            return False
-        if link.pos == end:
-            link.pos = end = 0
-        elif len(view) - link.pos < PIECE_MAX + 64:
-            view[: end - link.pos] = view[link.pos : end]
-            link.pos, end = 0, end - link.pos
-        link.end = end
-        return count == wanted or link.tls is not None  # whose bytes epoll does not see
 
     def close(self) -> None:
         link = self._link
         if link is None:
             return
         self._link = None
-        self._answers.clear()
+        del self.submit, self.commit
+        link.answers.clear()
         self._sent = link.sent
         pending = link.protocol.pending.values()
         self._taken = {c.context for c in pending if c.start < self._sent and c.context}

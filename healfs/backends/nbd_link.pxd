@@ -1,4 +1,7 @@
+cimport cython
+
 from healfs.backends.nbd_transmission cimport Transmission
+from healfs.core.request cimport Request
 
 
 cdef class Link:
@@ -7,7 +10,6 @@ cdef class Link:
     cdef public long long end
     cdef public object ended
     cdef public object export
-    cdef public object poll
     cdef public long long pos
     cdef public Transmission protocol
     cdef public object readable
@@ -16,5 +18,14 @@ cdef class Link:
     cdef public object tls
     cdef public object view
     cdef public object writable_wanted
+    cdef public list answers
+    cdef long long _piece
+    cdef object _seldom
 
+    cpdef object submit(self, Request request, object done)
+    cpdef object commit(self)
+    cpdef object poll(self)
+    @cython.locals(protocol=Transmission, end="long long", wanted="long long", count="long long")
+    cdef bint _receive(self) except -1
+    @cython.locals(protocol=Transmission, out=list)
     cpdef object send(self)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno as e
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -13,19 +14,34 @@ from healfs.backends import nbd_protocol as proto
 from healfs.backends import nbd_transmission as wire
 from healfs.backends.nbd_connect import Socket
 from healfs.backends.nbd_tls import TlsSocket
+from healfs.core.request import Done, Kind, Request
 
 IOV_MAX = 1024
+# Small enough to stay in the processor's cache. A reply cut at its end is received to its end, and
+# no farther: so the buffer is empty again then, and is used from its start.
+RECEIVE = 256 << 10
+RECEIVES_MAX = 16  # per wake-up, so that other tasks run
+
+# An enum's member is looked up through its metaclass, and these are wanted for each request.
+READ, WRITE = Kind.READ, Kind.WRITE
+CMD_READ, CMD_WRITE = wire.CMD_READ, wire.CMD_WRITE
 
 
 class Link:
-    """One connection in the transmission phase."""
+    """One connection in the transmission phase.
 
-    __slots__ = (
-        *("blocked", "broken", "end", "ended", "export", "poll", "pos", "protocol", "readable"),
-        *("ready_fd", "sock", "tls", "view", "writable_wanted"),
-    )
+    `piece` is the longest READ or WRITE, in bytes, and fits `view` beside one RECEIVE; `seldom`
+    takes the requests that are more than one plain READ or WRITE.
+    """
 
-    def __init__(self, sock: Socket, export: proto.Export, view: memoryview) -> None:
+    def __init__(
+        self,
+        sock: Socket,
+        export: proto.Export,
+        view: memoryview,
+        piece: int,
+        seldom: Callable[[Request, Done], None],
+    ) -> None:
         self.sock = sock
         self.tls = sock if isinstance(sock, TlsSocket) else None
         self.readable = (
@@ -40,7 +56,72 @@ class Link:
         self.pos = self.end = 0  # of what was received and is no whole reply yet, in view
         self.ended: OSError | None = None  # why there is nothing more to receive
         self.ready_fd = sock.fileno()
-        self.poll: Callable[[], None] = lambda: None  # see base.Polled
+        self.answers: list[tuple[Request, Done, int]] = []  # that need no server
+        self._piece = piece
+        self._seldom = seldom
+
+    def submit(self, request: Request, done: Done) -> None:
+        """See Backend.submit."""
+        if self.protocol.closed:
+            return  # the engine will hear of it, and park what is in flight
+        if request.length <= self._piece and not request.fua:  # nearly all requests
+            kind = request.kind
+            if kind is READ:
+                self.protocol.queue(
+                    wire.Command(CMD_READ, 0, request.offset, request.length, request, done)
+                )
+                return
+            if kind is WRITE:
+                self.protocol.queue(
+                    wire.Command(CMD_WRITE, 0, request.offset, request.length, request, done),
+                    request.data,
+                )
+                return
+        self._seldom(request, done)
+
+    def commit(self) -> None:
+        """See Backend.commit."""
+        while self.answers:
+            request, done, errno = self.answers.pop(0)
+            done(request, errno, None)
+        if self.protocol.out and not self.blocked:
+            self.send()
+
+    def poll(self) -> None:
+        """See base.Polled: receive what is there, a bounded number of times."""
+        if self.blocked:
+            self.blocked = False
+            self.send()
+        for _ in range(RECEIVES_MAX):
+            if self.ended is not None or not self._receive():
+                break
+
+    def _receive(self) -> bool:
+        """Whether there may be more."""
+        protocol, view, end = self.protocol, self.view, self.end
+        wanted = protocol.missing or RECEIVE
+        try:
+            count = self.sock.recv_into(view[end : end + wanted])
+            if not count:
+                raise OSError(e.ECONNRESET, "the server closed the connection")
+            end += count
+            self.pos = protocol.receive(view, self.pos, end)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            self.ended = self.broken or error
+            trio.lowlevel.notify_closing(self.sock)  # `serve` waits for more of it
+            return False
+        self.commit()
+        if protocol.closed:
+            return False
+        if self.pos == end:
+            self.pos = end = 0
+        elif len(view) - self.pos < self._piece + 64:
+            view[: end - self.pos] = view[self.pos : end]
+            self.pos, end = 0, end - self.pos
+        self.end = end
+        return count == wanted or self.tls is not None  # whose bytes epoll does not see
 
     def send(self) -> None:
         """Send what is queued, as far as the socket takes it."""

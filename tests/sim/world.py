@@ -455,7 +455,7 @@ class World:
         self._finish("the last read")  # it waited for the writes that nobody waits for any more
         self._submit(Op(at, (1 << 20) + 2, 0, Kind.FLUSH, 0, 0))
         self._finish("the very last flush")
-        log = self._keywords["log"]
+        log = self.engine.log
         if len(log) or log.ring.used or log.ring.overflow:
             left = f"{len(log)} entries, {log.ring.used} and {log.ring.overflow} bytes"
             raise Violation("kept payload", f"after a flush the log holds {left}")

@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 
 def _without_log() -> None:
-    from healfs.core import order, writelog
+    from healfs.core.order import Order
+    from healfs.core.request import Request
+    from healfs.core.writelog import WriteLog
+    from healfs.daemon import takeover, worker
 
-    def enter(log: writelog.WriteLog, request: object) -> bool:
-        log.keep = False
-        return True
+    class NoLog(WriteLog):
+        def enter(self, request: Request) -> bool:
+            self.keep = False
+            return True
 
-    writelog.WriteLog.enter = enter  # type: ignore[assignment]
-    order.Order.enter = lambda self, request: None  # type: ignore[method-assign]
-    order.Order.leave = lambda self, request: []  # type: ignore[method-assign]
+    class NoOrder(Order):
+        def enter(self, request: Request) -> None:
+            pass
+
+        def leave(self, request: Request) -> list[Request]:
+            return []
+
+    class Engine(worker.Engine):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self._writes = NoOrder()
+
+    takeover.WriteLog = NoLog  # type: ignore[misc]
+    worker.Engine = Engine  # type: ignore[misc]
 
 
 def _profiled(file: str) -> None:
