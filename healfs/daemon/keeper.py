@@ -30,6 +30,7 @@ import time
 from typing import Any
 
 from healfs.control import mounts, unflushed
+from healfs.daemon import lines
 from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program, how, readable
 from healfs.daemon.heartbeat import Heartbeat
 from healfs.daemon.sd_notify import SdNotify
@@ -102,7 +103,7 @@ class Keeper:
     def _refuse(self, message: str, status: int) -> int:
         report = {"event": "error", "message": message, "status": status}
         if self.ready < 0:
-            os.write(2, f"healfs: {message}\n".encode(errors="replace"))
+            print(f"healfs: {message}", file=sys.stderr)
         else:
             os.write(self.ready, json.dumps(report).encode() + b"\n")
         return status
@@ -137,8 +138,7 @@ class Keeper:
 
     def say(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError):
-            os.write(2, f"{stamp} keeper: {text}\n".encode())
+        print(f"{stamp} keeper: {text}", file=sys.stderr)
 
     def happened(self, name: str, data: dict[str, Any], when: float | None = None) -> None:
         """Keep an event, and tell the journal where that is the log."""
@@ -472,6 +472,7 @@ def _kernel_manners() -> None:
 
 
 def main() -> int:
+    lines.use()
     ready = int(sys.argv[1])
     if ready >= 0:
         os.set_inheritable(ready, False)

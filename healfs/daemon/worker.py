@@ -33,7 +33,7 @@ from healfs.core.engine import Engine
 from healfs.core.request import Request
 from healfs.core.states import State
 from healfs.core.writelog import LayoutError
-from healfs.daemon import commands, fencing, log_file, memory_lock, sources, takeover
+from healfs.daemon import commands, fencing, lines, log_file, memory_lock, sources, takeover
 from healfs.daemon.children import HANDED_OVER
 from healfs.daemon.parent import Parent, ParentError
 from healfs.daemon.report import INTERRUPTED, Report
@@ -459,6 +459,7 @@ class Worker:
 
 
 def main() -> int:
+    lines.use()
     fds = json.loads(sys.argv[1])
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)  # the keeper gets them, and tells us
