@@ -281,7 +281,6 @@ class Worker:
                 break
             except* Exception:
                 # A mount is never taken down by a traceback: the disk is faulted, stat works.
-                log.exception("internal error in the channel")
                 self.engine.fault("the channel")
         log.info("unmounted")
         await self.unmounting.from_outside()
