@@ -127,7 +127,7 @@ class Throttle:
 
     BURST events are told at once; what comes faster is held back but for the newest, which is
     told when there is room, with the number of those `untold`: so the last word is always true.
-    What a person did is told always.
+    What a person did is told always, and the end of the worker by an internal error.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class Throttle:
         if self._held is None and self._last == (name, data):
             return []  # the same fence has failed once more
         self._last = name, data
-        if "uid" in data:
+        if "uid" in data or name == "HEALFS_FAULTED":
             return [*self._release(), (name, data, now)]
         if self._held is not None or not self._has_room(now):
             self._untold += self._held is not None

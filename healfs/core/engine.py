@@ -42,7 +42,7 @@ LOOK_EACH, LARGE = 32, 65536  # writes, bytes: how often it is seen whether the 
 LARGEST_BLOCK = 65536  # bytes: the largest minimum block there is (NBD)
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
-READY = State.READY
+READY, FAULTED = State.READY, State.FAULTED
 IN_FLIGHT, PARKED, WAITING, DONE = Phase.IN_FLIGHT, Phase.PARKED, Phase.WAITING, Phase.DONE
 
 
@@ -319,6 +319,8 @@ class Engine:
     def completed(self, request: Request, errno: int, data: object = None) -> None:
         """The backend's answer to a request that was sent on this connection."""
         try:
+            if self.state is FAULTED:
+                return  # what it means to others is not certain any more
             queues = self._queues
             if queues.in_flight.pop(request.order, None) is not request:
                 raise RuntimeError(f"a second completion of {request}")

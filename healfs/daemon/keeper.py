@@ -30,6 +30,7 @@ import time
 from typing import Any
 
 from healfs.control import mounts, unflushed
+from healfs.daemon import lines
 from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program, how, readable
 from healfs.daemon.heartbeat import Heartbeat
 from healfs.daemon.sd_notify import SdNotify
@@ -41,6 +42,7 @@ STOP_SECONDS = 5.0  # an orderly end takes at most this long
 PR_SET_IO_FLUSHER = 57
 OOM_SCORE = -900
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # before a worker that died at once is started again
+UNANSWERED, SOON = "before anything was answered", "soon after its start"
 INTERRUPTED = 130  # exit status: ended before there was a mount
 LOOK_SECONDS = 5.0  # between two looks at the worker: was it killed, and cannot end?
 
@@ -62,7 +64,7 @@ class Keeper:
         self.start_at = 0.0  # of the next worker, while there is none
         self.problem = ""  # why no worker serves, for the operator
         self.restarts = 0
-        self.futile = 0  # workers that died, one after the other, and had answered nothing
+        self.futile = 0  # workers that died, one after the other: see _plan_restart
         self.pause = 0.0
         self.alive = False  # the worker has answered something since its start
         self.died: float | None = None  # when the last one did that served
@@ -102,7 +104,7 @@ class Keeper:
     def _refuse(self, message: str, status: int) -> int:
         report = {"event": "error", "message": message, "status": status}
         if self.ready < 0:
-            os.write(2, f"healfs: {message}\n".encode(errors="replace"))
+            print(f"healfs: {message}", file=sys.stderr)
         else:
             os.write(self.ready, json.dumps(report).encode() + b"\n")
         return status
@@ -137,8 +139,7 @@ class Keeper:
 
     def say(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError):
-            os.write(2, f"{stamp} keeper: {text}\n".encode())
+        print(f"{stamp} keeper: {text}", file=sys.stderr)
 
     def happened(self, name: str, data: dict[str, Any], when: float | None = None) -> None:
         """Keep an event, and tell the journal where that is the log."""
@@ -292,7 +293,7 @@ class Keeper:
             case "beat":
                 self.systemd.status(message["status"])
                 self.heartbeat.beat(time.monotonic())
-            case "event":
+            case "event" if self.futile < 2 or message["event"] != "HEALFS_FAULTED":
                 self.happened(message["event"], message["data"], message["time"])
 
     def _serving(self, version: str) -> None:
@@ -314,6 +315,8 @@ class Keeper:
         """A killed worker that waits in the kernel for its storage (state D) cannot be reaped."""
         assert self.worker is not None
         self.look_at = now + LOOK_SECONDS
+        if now - self.started > LONGEST_PAUSE:
+            self.futile, self.pause = 0, 0.0
         if not callers.is_leaving(self.worker.pid):
             self.leaving = None
             return
@@ -358,14 +361,16 @@ class Keeper:
         elif status == HANDED_OVER:  # to a candidate that has died meanwhile
             self.start_at = now
         else:
-            self._plan_restart(f"ended {how(status)}")
+            # Killed, by somebody or for want of memory, it did not fail by itself.
+            calm = now - self.started > LONGEST_PAUSE or (self.alive and status == -signal.SIGKILL)
+            when = SOON if self.alive else UNANSWERED
+            self._plan_restart(f"ended {how(status)}", when, calm=calm)
         return None
 
-    def _plan_restart(self, what: str) -> None:
-        """One that dies before it has answered anything will do so again: not hammered."""
-        now = time.monotonic()
+    def _plan_restart(self, what: str, when: str = UNANSWERED, *, calm: bool = False) -> None:
+        """One that fails at once, unless `calm`, will do so again: not hammered."""
         self.restarts += 1
-        if self.alive or now - self.started > LONGEST_PAUSE:
+        if calm:
             self.futile, self.pause = 0, 0.0
             self.say(f"the worker {what}: another one is started")
             self.systemd.status(f"the worker {what}: another one is started")
@@ -373,12 +378,12 @@ class Keeper:
             self.futile += 1
             self.pause = min(LONGEST_PAUSE, self.pause * 2 or FIRST_PAUSE)
             self._report(
-                f"no worker runs: {self.futile} in a row {what} before anything was answered;"
+                f"no worker runs: {self.futile} in a row {what} {when};"
                 f" the next one is started {self.pause:g} s after the last"
             )
         if self.futile <= 1:  # the first of those that die in a row
             self.happened("HEALFS_WORKER_RESTARTED", {"reason": what, "restarts": self.restarts})
-        self.start_at = now + self.pause
+        self.start_at = time.monotonic() + self.pause
 
     def _report(self, problem: str) -> None:
         """To the log, and to whoever asks for the status while no worker answers."""
@@ -472,6 +477,7 @@ def _kernel_manners() -> None:
 
 
 def main() -> int:
+    lines.use()
     ready = int(sys.argv[1])
     if ready >= 0:
         os.set_inheritable(ready, False)

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from healfs.config import one_line
+from healfs.daemon.lines import Lines
 
 INTERRUPTED = 130  # exit status: ended before there was a mount
 
@@ -52,9 +53,9 @@ class Report:
 
 def _say(message: dict[str, Any]) -> None:
     if message["event"] == "ready":
-        print(message["file"], flush=True)
+        print(message["file"], file=Lines(1))
     for line in lines(message):
-        print(f"healfs: {one_line(line)}", file=sys.stderr, flush=True)
+        print(f"healfs: {one_line(line)}", file=sys.stderr)
 
 
 def lines(message: dict[str, Any]) -> list[str]:

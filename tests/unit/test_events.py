@@ -156,6 +156,13 @@ def test_what_a_person_did_is_told_at_once_and_in_order():
     assert throttle.pause is None
 
 
+def test_the_workers_end_by_an_internal_error_is_told_at_once():
+    throttle = Throttle()
+    flap(throttle, BURST + 3, NOW, 0)
+    told = throttle.offer("HEALFS_FAULTED", {"reason": "internal error"}, NOW)
+    assert [name for name, _, _ in told] == ["HEALFS_OUTAGE", "HEALFS_FAULTED"]
+
+
 def test_the_same_again_is_not_told():
     throttle = Throttle()
     failed = "HEALFS_FENCE_FAILED", {"reason": "status 1"}
