@@ -33,7 +33,7 @@ class Disk:
     minimum_block: int
 
 
-@click.command()
+@click.command(short_help="Print how a virtual machine attaches the disk.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--qemu", is_flag=True, help="Print arguments for QEMU (the default).")
 @click.option("--libvirt", is_flag=True, help="Print a <disk> element for libvirt.")
