@@ -1,6 +1,6 @@
 """healfs attach: what a virtual machine's configuration says, so that healfs keeps its promises.
 
-The reasons for each word are in healfs(1), "HEALFS ATTACH".
+The reasons for each word are in healfs-attach(1).
 """
 
 from __future__ import annotations
