@@ -13,7 +13,7 @@ ALIASES := healfs-umount.1:healfs-mount.1 healfs-list.1:healfs-status.1 \
 MAN := $(PAGES) $(foreach alias,$(ALIASES),$(firstword $(subst :, ,$(alias))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak sim bench man install uninstall clean
+.PHONY: help setup demo guest test soak sim bench man install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /    make \1\t/p' Makefile | expand -t 20
@@ -36,6 +36,10 @@ setup: $(VENV)/.test ## install what healfs and its tests need; leaves .venv/bin
 
 demo: $(VENV)/.run ## a verified load through an outage, on a real NBD server
 	$(BIN)/healfs demo
+
+guest: $(VENV)/.run ## a tiny Linux for a virtual machine, in build/guest: README.md uses it
+	tests/setup/packages guest
+	$(BIN)/python -m tests.vm.image build/guest
 
 test: setup ## lint, types, import rules, and all tests but those marked soak
 	$(BIN)/ruff check .

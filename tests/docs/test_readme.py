@@ -75,6 +75,27 @@ def test_what_is_named_in_the_text_exists(page: Path) -> None:
             assert (ROOT / span).exists(), span
 
 
+@pytest.mark.parametrize("group", ["run", "guest"])
+def test_the_packages_are_those_that_make_asks_for(group: str) -> None:
+    script = (ROOT / "tests/setup/packages").read_text()
+    found = re.search(rf"^{group}=\(([^)]*)\)", script, re.MULTILINE)
+    assert found
+    listed = re.findall(r"^sudo apt-get install (.*)$", MARKDOWN[0].read_text(), re.MULTILINE)
+    assert set(found[1].split()) in [set(line.split()) - {"git", "make"} for line in listed]
+
+
+def test_a_reader_makes_each_mountpoint_first() -> None:
+    """The second command must not fail."""
+    made: set[str] = set()
+    text = blocks(MARKDOWN[0].read_text())
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["mkdir", "-p"]:
+            made |= set(words[2:])
+        elif words[:2] == ["healfs", "mount"] and words[2] != "vm1":
+            assert words[-1] in made, line
+
+
 def test_the_demo_in_the_readme_passed() -> None:
     assert re.search(
         r"^PASS: \d+ blocks written, \d+ verified, 0 errors", blocks(MARKDOWN[0].read_text()), re.M
