@@ -52,7 +52,7 @@ def _of_mount(mount: Mount) -> list[Finding]:
     except ControlError as exc:
         mend = f"less {shlex.quote(mount.log)}"
         if mount.is_dead():
-            mend = f"healfs umount {shlex.quote(mount.mountpoint)}  # clears what it left"
+            mend = f"healfs umount {shlex.quote(mount.mountpoint)} # clears what it left"
         return [Finding("daemon", Level.ERROR, str(exc), mend), *found]
 
 

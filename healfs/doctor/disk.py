@@ -29,21 +29,21 @@ _LACKS = {
 }
 
 _STATES = {
-    "stalled": "healfs events {}  # since when; healfs reconnect gives up a connection that hangs",
-    "connecting": "healfs events {}  # it was never there: start the server, or mend the source",
-    "replaying": "healfs status {}  # it writes what was not flushed; wait until it is ready",
+    "stalled": "healfs events {} # since when; healfs reconnect gives up a connection that hangs",
+    "connecting": "healfs events {} # it was never there: start the server, or mend the source",
+    "replaying": "healfs status {} # it writes what was not flushed; wait until it is ready",
     "paused": "healfs resume {}",
-    "mismatch": "healfs status {}  # the right disk is waited for; this one: healfs accept --help",
-    "faulted": "healfs events {}  # please report; healfs umount --force gives up what waits",
+    "mismatch": "healfs status {} # the right disk is waited for; this one: healfs accept --help",
+    "faulted": "healfs events {} # please report; healfs umount --force gives up what waits",
 }
 
 # How the notes of status begin, and what mends each.
 _NOTES = {
-    "the write log's": "ulimit -l unlimited  # as root, and mount again; in a unit LimitMEMLOCK=",
-    "io_uring is not": "healfs doctor  # the sysctl; in a container its seccomp profile",
+    "the write log's": "ulimit -l unlimited # as root, and mount again; in a unit LimitMEMLOCK=",
+    "io_uring is not": "healfs doctor # the sysctl; in a container its seccomp profile",
     "no locks": "# keep the file where locks work (NFS: without nolock)",
-    "this kernel": "healfs doctor  # where to get a newer one",
-    "the keeper is gone": "healfs umount {}  # it flushes first; then mount it again",
+    "this kernel": "healfs doctor # where to get a newer one",
+    "the keeper is gone": "healfs umount {} # it flushes first; then mount it again",
     "who the server is": "# take tls-verify-peer=0 out of the source, and mount it again",
     "any server": "# put tls-hostname=NAME into the source, and mount it again",
     "the last": "# make the disk's size a multiple of the server's block",
@@ -71,7 +71,7 @@ def _findings(status: dict[str, Any], mountpoint: str) -> Iterator[Finding]:
             "backend",
             Level.NOTE,
             "not connected since this worker began: not known",
-            f"healfs doctor {mountpoint}  # again, when it is ready",
+            f"healfs doctor {mountpoint} # again, when it is ready",
         )
     else:
         nbd = str(status.get("source")).startswith("nbd")

@@ -218,7 +218,7 @@ def examine(file: str, mountpoint: str, proc: Path = Path("/proc")) -> list[Find
 
 def _findings(guest: Guest, mountpoint: str) -> Iterator[Finding]:
     check = f"guest {guest.name} (pid {guest.pid})"
-    right = f"healfs attach {shlex.quote(mountpoint)}  # start it with what this prints"
+    right = f"healfs attach {shlex.quote(mountpoint)} # start it with what this prints"
     if not guest.named:
         yield Finding(
             check,

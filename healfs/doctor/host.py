@@ -79,7 +79,7 @@ def _kernel(host: Host) -> Iterator[Finding]:
             f"Linux {host.release} cannot send unanswered requests again: the death of the worker "
             "ends the mount",
             host.as_root("apt-get install -t bookworm-backports linux-image-amd64")
-            + "  # of Debian 12: any Linux from 6.9 on; boot it then",
+            + " # of Debian 12: any Linux from 6.9 on; boot it then",
         )
 
 
@@ -175,7 +175,7 @@ def _memory_lock(host: Host) -> Iterator[Finding]:
         "(the default --log-size): it may be swapped out, and a kill of the worker then may be "
         "an error of the guest",
         host.write("'* - memlock unlimited'", "/etc/security/limits.d/healfs.conf")
-        + "  # log in again then",
+        + " # log in again then",
     )
 
 

@@ -82,12 +82,10 @@ def _kernel_tree(cache: Path) -> Path:
 
 def _unpack(package: str | None, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        # _apt, the user that apt downloads as, has no way into a private directory;
-        # apt says so on stderr and downloads as root.
         try:
             if package is None:
                 raise RuntimeError(f"apt knows no {META_PACKAGE}: run apt-get update")
-            _run("apt-get", "-q", "download", package, cwd=Path(scratch))
+            _download(package, Path(scratch))
         except (subprocess.CalledProcessError, RuntimeError):
             # Lists that are absent or older than the archive.
             if os.geteuid() != 0:
@@ -96,12 +94,17 @@ def _unpack(package: str | None, cache: Path) -> Path:
             package = _candidate()
             if package is None:
                 raise RuntimeError(f"apt knows no {META_PACKAGE}") from None
-            _run("apt-get", "-q", "download", package, cwd=Path(scratch))
+            _download(package, Path(scratch))
         tree = Path(scratch, "tree")
         _run("dpkg-deb", "-x", next(Path(scratch).glob("*.deb")), tree)
         for version in (tree / "lib/modules").iterdir():
             _run("/usr/sbin/depmod", "-b", tree, version.name)
         return _publish(tree, cache / package)
+
+
+def _download(package: str, directory: Path) -> None:
+    # _apt, the user that root's apt downloads as, has no way into a private directory.
+    _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package, cwd=directory)
 
 
 def _publish(made: Path, place: Path) -> Path:
