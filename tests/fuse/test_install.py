@@ -102,8 +102,12 @@ zpty -d z
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 @pytest.mark.parametrize(
     ("words", "typed", "wanted"),
-    [("healfs", "recon", "reconnect"), ("healfs status", "/", "/srv/vm-one")],
-    ids=["verb", "mountpoint"],
+    [
+        ("healfs", "recon", "reconnect"),
+        ("healfs status", "/", "/srv/vm-one"),
+        ("healfs upgrade", "/", "/srv/vm-one"),
+    ],
+    ids=["verb", "mountpoint", "upgrade"],
 )
 def test_the_shells_complete(
     stage: Path,

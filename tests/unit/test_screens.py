@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
@@ -15,6 +16,7 @@ import pytest
 from healfs.cli.main import VERBS, main
 from healfs.control import mounts
 from healfs.core.policy import Policy
+from healfs.doctor import host
 from healfs.events import History
 from tests.mounts import HEALFS
 from tests.unit.test_cli import FULL, Daemon, run
@@ -127,6 +129,22 @@ def test_values_are_written_as_they_would_be_given(mountpoint: str) -> None:
     ):
         assert said in lines
     assert "read retry timeout 0 -> 1h" in " ".join(run("events", mountpoint).stdout.split())
+
+
+def test_what_the_doctor_has_to_be_pasted_is_not_broken(mountpoint: str) -> None:
+    lines = run("doctor", mountpoint).stdout.splitlines()
+    mends = [finding["mend"] for finding in json.loads(run("doctor", "--json", mountpoint).stdout)]
+    assert {*mends} <= {"", *lines} and max(map(len, mends)) > 80
+
+
+def test_a_mount_says_itself_whether_its_memory_is_locked(
+    mountpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of who asks the doctor is not that of who mounted, nor the log the default."""
+    user = functools.partial(host.Host, uid=1000, memlock=8 << 20)
+    monkeypatch.setattr(host, "Host", user)
+    assert "default --log-size" in run("doctor", "--json").stdout
+    assert "default --log-size" not in run("doctor", "--json", mountpoint).stdout
 
 
 def test_list_leaves_the_file_to_json(mountpoint: str) -> None:
