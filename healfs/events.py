@@ -255,8 +255,13 @@ def _changes(data: dict[str, Any]) -> str:
         for key, value in new.items():
             if (old := data["from"].get(direction, {}).get(key)) != value:
                 word = key if key in ("rerror", "werror") else f"{direction} {key}"
-                changes.append(f"{word.replace('_', ' ')} {old} -> {value}")
+                changes.append(f"{word.replace('_', ' ')} {_setting(old)} -> {_setting(value)}")
     return ", ".join(changes) or "nothing"
+
+
+def _setting(value: object) -> str:
+    """A word of the policy, or a time."""
+    return format_duration(value) if isinstance(value, int | float) else str(value)
 
 
 # --- for systemd's journal ----------------------------------------------------------------------

@@ -39,7 +39,7 @@ _DEADLINE = 30.0  # seconds for what takes one when all is well
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@click.command()
+@click.command(short_help="Kill a disk's server under load, and compare every byte.")
 @click.option(
     "--seconds",
     type=click.IntRange(3, 600),

@@ -22,7 +22,7 @@ _LOOK_SECONDS = 0.2
 _STYLES = {history.CRITICAL: "red", history.ERROR: "red", history.WARNING: "yellow"}
 
 
-@click.command()
+@click.command(short_help="Show what happened to a disk, mounted or not.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--follow", is_flag=True, help="Go on with what happens, until it is unmounted.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")

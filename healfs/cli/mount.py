@@ -37,11 +37,15 @@ _AS_GIVEN = (
 )
 
 
-@click.command(cls=config_file.ConfiguredCommand)
+@click.command(
+    cls=config_file.ConfiguredCommand,
+    short_help="Mount a file, block device or NBD export as a disk's file.",
+)
 @click.argument("source", type=Source(), required=False)
 @click.argument("mountpoint", type=Directory(), required=False)
 @click.option(
     "--config",
+    type=click.Path(),
     metavar="FILE",
     help="Take what is not given here from FILE. [/etc/healfs/NAME.toml]",
 )

@@ -20,7 +20,7 @@ _TIMEOUT = 5.0
 _LOOK_SECONDS = 0.05
 
 
-@click.command()
+@click.command(short_help="Hold the requests, for maintenance of the backend.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option(
     "--timeout", type=DURATION, default="30s", help="How long to wait until all is flushed. [30s]"
@@ -91,7 +91,7 @@ def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
-@click.command()
+@click.command(short_help="End a pause, the operator's or the policy's.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 def resume(mountpoint: str) -> None:
     """End the pause of the disk at MOUNTPOINT, the operator's or the policy's."""

@@ -16,7 +16,7 @@ from healfs.core.policy import Policy
 _TIMEOUT = 5.0
 
 
-@click.command()
+@click.command(short_help="Show what is done on errors, or change it.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @policy_options
 def policy(mountpoint: str, **options: Any) -> None:

@@ -6,11 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
-from rich.text import Text
 
 from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
-from healfs.cli.output import CliError, console, error_line, fields, print_json, state_text, table
+from healfs.cli.output import (
+    CliError,
+    cell,
+    console,
+    error_line,
+    fields,
+    print_json,
+    state_text,
+    table,
+)
 from healfs.cli.pause import pause_words
 from healfs.cli.policy import sentence
 from healfs.config import format_duration, format_size
@@ -24,7 +32,7 @@ _MAXIMUM_THREADS = 64
 Status = dict[str, Any]
 
 
-@click.command()
+@click.command(short_help="Show the state of one disk, or of all.")
 @click.argument("mountpoint", type=MOUNTPOINT, required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
 def status(mountpoint: str | None, as_json: bool) -> None:
@@ -50,7 +58,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         _print_one(mount, answer)
 
 
-@click.command("list")
+@click.command("list", short_help="List the mounts of this user; asks no daemon.")
 @click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
 def list_(as_json: bool) -> None:
     """List the mounts of this user. Asks no daemon."""
@@ -58,12 +66,13 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    result = table("MOUNTPOINT", "FILE", "SOURCE", "KEEPER", "VERSION", "STATE")
+    result = table("MOUNTPOINT", "SOURCE", "KEEPER", "VERSION", "STATE")
     for row in rows:
         result.add_row(
-            *(Text(str(row[key])) for key in ("mountpoint", "file", "source")),
+            cell(row["mountpoint"]),
+            cell(row["source"]),
             str(row["pids"]["keeper"]),
-            Text(row["version"]),
+            cell(row["version"]),
             state_text(row["state"]),
         )
     _print_table(result)
@@ -124,12 +133,12 @@ def _print_all(found: list[Status]) -> None:
         requests = one.get("requests") or {}
         seconds = one.get("state_seconds")
         result.add_row(
-            Text(str(one.get("mountpoint"))),
+            cell(one.get("mountpoint")),
             state_text(str(one.get("state", "?"))),
             "" if seconds is None else format_duration(float(seconds)),
             str(requests.get("in_flight", "")),
             str(requests.get("parked", "")),
-            Text(str(one.get("source", ""))),
+            cell(one.get("source", "")),
         )
     _print_table(result)
     _print_problems(found)
@@ -186,18 +195,34 @@ def _configuration(configuration: dict[str, Any]) -> list[str]:
     """What is not the default, and where it came from."""
     words = {"option": "command line", "file": configuration.get("file")}
     return [
-        f"{name.replace('_', '-')} = {_value(value.get('value'))} ({words.get(origin, origin)})"
+        f"{name.replace('_', '-')} = {_value(name, value.get('value'))}"
+        f" ({words.get(origin, origin)})"
         for name, value in (configuration.get("values") or {}).items()
         if (origin := value.get("from")) != "default"
     ]
 
 
-def _value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _value(name: str, value: object) -> str:
+    """As `healfs mount` would be given it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        if name in ("slow_after", "settle") or name.endswith(("_interval", "_timeout")):
+            return format_duration(float(value))
+        if name in ("create", "size", "log_size"):
+            return format_size(int(value))
+    return str(value)
 
 
 def _limit(name: str, value: Any) -> str:
     used, limit = (value.get("used"), value.get("limit")) if isinstance(value, dict) else (0, value)
+    if not isinstance(limit, int | float):
+        limit, used = "?", None
+    elif name.endswith("_seconds"):
+        name, limit = name.removesuffix("_seconds"), format_duration(float(limit))
+    elif name.endswith("_bytes"):
+        name, limit = name.removesuffix("_bytes"), format_size(int(limit))
+        used = None if used is None else format_size(int(used))
     words = name.replace("_", " ")
     return f"{words}: {limit}" if used is None else f"{words}: {used} of {limit}"
 

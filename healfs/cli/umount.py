@@ -23,7 +23,7 @@ _END_SECONDS = 10.0
 _SHOWN = 8  # ranges; the log has all
 
 
-@click.command()
+@click.command(short_help="Unmount the disk and end its daemon.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--force", is_flag=True, help="Answer what waits with an error, and say what.")
 def umount(mountpoint: str, force: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 import healfs
+from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import find
 from healfs.cli.output import CliError
 from healfs.config import one_line
@@ -20,8 +21,8 @@ _SECONDS = 60.0  # for the keeper's answer; its own limits are far below
 _ANSWER_BYTES = 1 << 16
 
 
-@click.command()
-@click.argument("mountpoint")
+@click.command(short_help="Let this version of healfs take over, without an unmount.")
+@click.argument("mountpoint", type=MOUNTPOINT)
 def upgrade(mountpoint: str) -> None:
     """Let this version of healfs take over the disk at MOUNTPOINT, without an unmount.
 

@@ -225,7 +225,7 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
     (
         "HEALFS_POLICY_CHANGED",
         {"uid": 0, "pid": 7, **POLICIES},
-        "policy changed by uid 0 (pid 7): read retry timeout 0.0 -> 5.0, werror retry -> report",
+        "policy changed by uid 0 (pid 7): read retry timeout 0 -> 5s, werror retry -> report",
     ),
     (
         "HEALFS_FAILED",
