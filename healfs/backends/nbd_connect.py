@@ -146,7 +146,7 @@ def _first_with_errno(error: BaseException) -> OSError:
     while todo:
         cause = todo.pop(0)
         if isinstance(cause, OSError) and cause.errno is not None:
-            return OSError(cause.errno, cause.strerror)
+            return OSError(cause.errno, os.strerror(cause.errno))  # trio's own words say more
         if isinstance(cause, BaseExceptionGroup):
             todo += cause.exceptions
         elif cause is not None:

@@ -22,7 +22,12 @@ from healfs.config import ConfigError
 DIRECTORY = Path("/etc/healfs")
 MAXIMUM_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*", re.ASCII)
-_NOT_IN_A_FILE = ("config", "help")
+_NOT_IN_A_FILE = "config"
+_EMPTY = {
+    "source": "SOURCE is empty; give a path, an NBD URI, or the NAME of a file in /etc/healfs",
+    "mountpoint": "MOUNTPOINT is empty; give a directory",
+    "config": "--config is empty; give the path of a file",
+}
 _WORDS = {ParameterSource.COMMANDLINE: "option", ParameterSource.DEFAULT_MAP: "file"}
 
 
@@ -36,8 +41,12 @@ class ConfiguredCommand(click.Command):
         # What is missing may be there as a sentinel of click's.
         words = {key: value for key, value in given.items() if isinstance(value, str)}
         source, mountpoint = words.get("source"), words.get("mountpoint")
-        if given.get("help") is True:
+        asked = self.get_help_option(ctx)  # its name is click's own, and changed in click 8.5
+        if asked is not None and given.get(asked.name) is True:
             return super().parse_args(ctx, args)
+        for key in ("source", "mountpoint", "config"):
+            if words.get(key) == "":
+                bad_input(f"{_EMPTY[key]}; see healfs mount --help")
         if path := words.get("config"):
             if source is not None:
                 bad_input("--config has the source and the mountpoint; give no more than options")
@@ -133,7 +142,7 @@ def keys(command: click.Command) -> Iterator[tuple[str, click.Parameter]]:
     """What a file may have, and the parameter of the command that it is."""
     for parameter in command.params:
         key = (parameter.name or "").replace("_", "-")
-        if key not in _NOT_IN_A_FILE:
+        if key != _NOT_IN_A_FILE:
             yield key, parameter
 
 

@@ -50,7 +50,7 @@ def _find(mountpoint: str) -> tuple[Mount | None, Path]:
         return mount, mounts.events_path(mount.mountpoint)
     except MountsError as exc:
         path = mounts.events_path(mounts.canonical(mountpoint))
-        if not path.exists():
+        if not mountpoint or not path.exists():
             bad_input(str(exc))
         return None, path
 

@@ -303,6 +303,8 @@ def list_mounts() -> list[Mount]:
 
 def find(path: str | os.PathLike[str]) -> Mount:
     """The mount with this mountpoint or disk file. Raises MountsError."""
+    if not os.fspath(path):
+        raise MountsError("MOUNTPOINT is empty; healfs list shows which there are")
     mounts = list_mounts()
     plain = os.path.abspath(path)
     parent, name = os.path.split(plain)
