@@ -71,6 +71,11 @@ def format_size(size: int) -> str:
     return f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """For people: "1 request waits", "2 requests wait"; `many` is `one` with an s by default."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def spans(ranges: Iterable[Sequence[int]]) -> list[str]:
     """For people, of (offset, length): "0-4095"."""
     return [f"{offset}-{offset + length - 1}" for offset, length in ranges]

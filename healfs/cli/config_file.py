@@ -16,13 +16,19 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from healfs.cli.output import bad_input
+from healfs.cli.output import bad_input, os_error
 from healfs.config import ConfigError
 
 DIRECTORY = Path("/etc/healfs")
 MAXIMUM_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*", re.ASCII)
-_NOT_IN_A_FILE = "config"
+# A file is read at each mount. A disk that is missing then (its file system is not mounted, say)
+# would come back as a new and empty one.
+_NOT_IN_A_FILE = {
+    "config": "not in a file; give it on the command line",
+    "create": "not in a file, which is read at each mount; create the disk once, on the command "
+    "line: healfs mount NAME --create SIZE",
+}
 _EMPTY = {
     "source": "SOURCE is empty; give a path, an NBD URI, or the NAME of a file in /etc/healfs",
     "mountpoint": "MOUNTPOINT is empty; give a directory",
@@ -112,6 +118,8 @@ def read(path: Path, ctx: click.Context) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in table.items():
         where = f"{path}:{_line(text, key)}: {key}"
+        if key in _NOT_IN_A_FILE:
+            raise ConfigError(f"{where}: {_NOT_IN_A_FILE[key]}")
         if key not in parameters:
             raise ConfigError(f"{where}: unknown key{_nearest(key, parameters)}")
         parameter = parameters[key]
@@ -129,7 +137,7 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAXIMUM_BYTES + 1)
     except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}") from None
+        raise ConfigError(os_error(exc)) from None
     if len(data) > MAXIMUM_BYTES:
         raise ConfigError(f"{path}: longer than {MAXIMUM_BYTES} bytes; is it a configuration?")
     try:
@@ -142,7 +150,7 @@ def keys(command: click.Command) -> Iterator[tuple[str, click.Parameter]]:
     """What a file may have, and the parameter of the command that it is."""
     for parameter in command.params:
         key = (parameter.name or "").replace("_", "-")
-        if key != _NOT_IN_A_FILE:
+        if key not in _NOT_IN_A_FILE:
             yield key, parameter
 
 

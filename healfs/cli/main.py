@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from healfs.cli import exit_status
-from healfs.cli.output import CliError, error_line
+from healfs.cli.output import CliError, error_line, os_error
 from healfs.config import ConfigError
 from healfs.control.client import ControlError
 from healfs.control.mounts import MountsError
@@ -99,7 +99,7 @@ class _Healfs(click.Group):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return exit_status.FAILURE
         except OSError as exc:
-            error_line(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
+            error_line(os_error(exc))
             return exit_status.FAILURE
 
 

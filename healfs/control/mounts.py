@@ -129,6 +129,7 @@ class Mount:
     directory: str
     version: str = ""  # of the worker that serves, or did last
     problem: str = ""  # why none serves, in one line
+    mounted: bool = True  # False: `healfs mount` waits for the backend still
 
     @property
     def door(self) -> str:
@@ -198,10 +199,21 @@ class Claim:
         log: str,
         version: str = "",
         problem: str = "",
+        mounted: bool = True,
     ) -> Mount:
         """Write mount.json, whole or not at all. Raises OSError."""
-        directory = str(self.directory)
-        mount = Mount(mountpoint, file, source, keeper, worker, log, directory, version, problem)
+        mount = Mount(
+            mountpoint=mountpoint,
+            file=file,
+            source=source,
+            keeper=keeper,
+            worker=worker,
+            log=log,
+            directory=str(self.directory),
+            version=version,
+            problem=problem,
+            mounted=mounted,
+        )
         temporary = self.directory / "mount.json.new"
         temporary.write_text(json.dumps(_as_record(mount)))
         temporary.replace(self.directory / "mount.json")
@@ -281,6 +293,7 @@ def _read(directory: str) -> Mount | None:
             directory=directory,
             version=str(values.get("version", "")),
             problem=str(values.get("problem", "")),
+            mounted=bool(values.get("mounted", True)),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -37,6 +37,10 @@ class Peer:
     uid: int
     pid: int
 
+    def as_dict(self) -> dict[str, object]:
+        """As events say it."""
+        return {"uid": self.uid, "pid": self.pid}
+
 
 @dataclass(frozen=True, slots=True)
 class Argument:

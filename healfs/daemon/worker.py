@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import pyfuse3
@@ -135,7 +136,8 @@ class Worker:
             nursery.start_soon(self.parent.heed_signals)
             nursery.start_soon(self._beat)
             nursery.start_soon(self.telling.run)
-            nursery.start_soon(self._terminate_early, nursery.cancel_scope)
+            for why in self.parent.terminate.wait, self.report.forsaken:
+                nursery.start_soon(self._end_early, nursery.cancel_scope, why)
             status = await self._mount()
             if status is None:
                 nursery.start_soon(self.unmounting.on_request_of_the_keeper)
@@ -149,9 +151,9 @@ class Worker:
             mounts.clear_dead(self.parent.greeting["directory"])
         return self._early_end if status is None else status
 
-    async def _terminate_early(self, scope: trio.CancelScope) -> None:
-        """Before the mount, SIGTERM just ends the process."""
-        await self.parent.terminate.wait()
+    async def _end_early(self, scope: trio.CancelScope, why: Callable[[], Awaitable[None]]) -> None:
+        """Before the mount, it just ends the process."""
+        await why()
         if not hasattr(self, "channel"):
             self.report.error("interrupted; nothing is mounted", INTERRUPTED)
             self._early_end = INTERRUPTED
