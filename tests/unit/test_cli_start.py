@@ -17,8 +17,7 @@ import pytest
 
 from healfs.cli import mount as mount_module
 from healfs.control import mounts
-from tests.mounts import _processes
-from tests.unit.toy import DEADLINE, assert_refused, run
+from tests.unit.toy import DEADLINE, assert_refused, processes, run
 from tests.unit.toy import runtime as runtime
 
 
@@ -59,7 +58,7 @@ def test_what_ends_the_waiting_leaves_nothing(
 def nobody_left(runtime: Path) -> None:
     """No process with this runtime directory, but this one, within the deadline; no files."""
     until = time.monotonic() + DEADLINE
-    while left := set(_processes(runtime)) - {os.getpid()}:
+    while left := processes(runtime):
         assert time.monotonic() < until, left
         time.sleep(0.02)
     assert [entry.name for entry in runtime.iterdir() if entry.name != "log"] == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -16,14 +18,22 @@ from healfs.cli.main import main
 from healfs.control import mounts
 from healfs.control.server import Argument, CommandError, ControlServer, Peer, Verb
 from healfs.core.policy import Action, Policy
+from tests.mounts import _processes
 
 DEADLINE = 20
 
 
 @pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(tmp_path / "run"))
-    return tmp_path / "run"
+    yield tmp_path / "run"
+    for pid in processes(tmp_path / "run"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def processes(runtime: Path) -> set[int]:
+    """Those that were started with this runtime directory."""
+    return set(_processes(runtime)) - {os.getpid()}
 
 
 def run(*arguments: str | Path) -> Result:
