@@ -175,7 +175,7 @@ class Claim:
         os.fchmod(listener.fileno(), 0o600)  # before bind: there is no moment of another mode
         listener.bind(str(path))
         path.chmod(0o600)
-        listener.listen(64)
+        listener.listen(1024)  # more than anybody opens by accident
         return listener
 
     def open_door(self) -> socket.socket:

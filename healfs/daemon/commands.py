@@ -68,6 +68,7 @@ def status(worker: Worker) -> dict[str, Any]:
             "used": worker.control.connected,
             "limit": worker.control.limits.connections,
         },
+        "control_negotiation_seconds": {"limit": worker.control.limits.negotiation_seconds},
         "events": {"limit": KEPT},
     }
     geometry = worker.geometry

@@ -21,11 +21,12 @@ from tests.unit.toy import DEADLINE, assert_refused, processes, run
 from tests.unit.toy import runtime as runtime
 
 
-def start_mount(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+def start_mount(tmp_path: Path, *options: str, source: str = "") -> subprocess.Popen[str]:
     (tmp_path / "m").mkdir()
+    source = source or f"nbd+unix:///?socket={tmp_path}/absent"
     command = [sys.executable, "-m", "healfs.cli.main", "mount"]
     return subprocess.Popen(
-        [*command, f"nbd+unix:///?socket={tmp_path}/absent", str(tmp_path / "m"), *options],
+        [*command, source, str(tmp_path / "m"), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -69,6 +70,14 @@ def test_a_daemon_for_which_nobody_waits_ends(tmp_path: Path, runtime: Path) -> 
         assert process.stderr is not None and "Ctrl-C ends it" in process.stderr.readline()
         process.kill()
     nobody_left(runtime)
+
+
+def test_what_it_waits_for_is_said_in_the_words_of_the_system(tmp_path: Path) -> None:
+    with start_mount(tmp_path, source="nbd://127.0.0.1:1/") as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        process.kill()
+    assert line == ("healfs: waiting for nbd://127.0.0.1:1/: Connection refused (Ctrl-C ends it)\n")
 
 
 def test_a_mount_that_waits_is_shown_and_umount_ends_it(tmp_path: Path, runtime: Path) -> None:
