@@ -106,6 +106,7 @@ class MountConfig:
     slow_after: float = 5.0
     device: str = "virtio-blk"
     allow_other: bool = False
+    allow_uid: tuple[int, ...] = ()  # who may use the control socket beside the owner and root
     no_wait: bool = False
     size: int | None = None
     foreground: bool = False
@@ -127,6 +128,7 @@ class MountConfig:
         try:
             values = json.loads(text)
             values["policy"] = Policy.from_dict(values["policy"])
+            values["allow_uid"] = tuple(values.get("allow_uid", ()))
             return cls(**values)
         except (KeyError, TypeError, json.JSONDecodeError) as exc:
             raise ConfigError(f"not a mount's configuration: {exc}") from None

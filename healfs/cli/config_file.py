@@ -172,6 +172,10 @@ def _value(value: Any, parameter: click.Parameter, ctx: click.Context, where: st
         raise ConfigError(f"{where}: {'true or false' if flag else 'no bool'} is expected")
     if flag:
         return value
+    if parameter.multiple and isinstance(value, list):
+        return [_value(one, _single(parameter), ctx, where) for one in value]
+    if parameter.multiple:
+        raise ConfigError(f"{where}: write a list, such as [107]")
     if not isinstance(value, str | int):
         raise ConfigError(f'{where}: write a string or a number, such as "5s" or 64')
     if parameter.name in ("source", "mountpoint", "fault") and not _is_absolute(str(value)):
@@ -180,6 +184,11 @@ def _value(value: Any, parameter: click.Parameter, ctx: click.Context, where: st
         return parameter.type.convert(str(value), parameter, ctx)
     except click.BadParameter as exc:
         raise ConfigError(f"{where}: {exc.message.rstrip('.')}") from None
+
+
+def _single(parameter: click.Parameter) -> click.Parameter:
+    """What each value of a list has to be."""
+    return click.Option([f"--{parameter.name}"], type=parameter.type)
 
 
 def _is_absolute(value: str) -> bool:

@@ -32,7 +32,7 @@ _STOP_SECONDS = 5.0  # what a keeper that was told to end may take
 _FUSE_SYSCTLS = Path("/proc/sys/fs/fuse")
 _AS_GIVEN = (
     *("name", "read_only", "create", "slow_after", "device"),
-    *("allow_other", "no_wait", "size", "foreground"),
+    *("allow_other", "allow_uid", "no_wait", "size", "foreground"),
 )
 
 
@@ -63,6 +63,13 @@ _AS_GIVEN = (
 @log_options
 @click.option("--foreground", is_flag=True, help="Stay, and end the mount on Ctrl-C or SIGTERM.")
 @click.option("--allow-other", is_flag=True, help="Let other users in (libvirt's qemu).")
+@click.option(
+    "--allow-uid",
+    type=click.IntRange(0, 2**32 - 2),
+    multiple=True,
+    metavar="UID",
+    help="Let this user have status, policy and all other verbs, too. Repeatable.",
+)
 @click.option("--no-wait", is_flag=True, help="Mount while the backend is away. Needs --size.")
 @click.option("--size", type=SIZE, help="The disk's size, with --no-wait.")
 @click.option(

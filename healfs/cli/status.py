@@ -205,6 +205,8 @@ def _configuration(configuration: dict[str, Any]) -> list[str]:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

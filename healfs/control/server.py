@@ -1,4 +1,4 @@
-"""The control socket: QMP over a Unix socket, for the owner of the mount and root."""
+"""The control socket: QMP over a Unix socket, for the owner of the mount and whom it allows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,7 +232,7 @@ class ControlServer:
 
     A handler returns what JSON can say, or an awaitable of it; the commands of one connection
     run one after the other, those of different connections side by side. `owner` is the uid
-    that may connect beside root.
+    that may connect beside root, and so may the uids `allowed`.
     """
 
     def __init__(
@@ -241,11 +241,12 @@ class ControlServer:
         *,
         version: str,
         owner: int | None = None,
+        allowed: Iterable[int] = (),
         limits: Limits | None = None,
     ) -> None:
         self.version = version
         self.limits = limits or Limits()
-        self._allowed = {0, os.geteuid() if owner is None else owner}
+        self._allowed = {0, os.geteuid() if owner is None else owner, *allowed}
         self._connections: set[_Connection] = set()
         self._said_at, self._unsaid = -math.inf, 0
         self.commands: dict[str, Verb] = {
@@ -324,7 +325,7 @@ class ControlServer:
         raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
         pid, uid, _ = struct.unpack("iII", raw)
         if uid not in self._allowed:
-            refusal = "only root and the owner of the mount may connect"
+            refusal = f"uid {uid} may not: only root, the owner, and whom mount --allow-uid names"
         elif not self._has_room():
             limit = self.limits.connections
             refusal = f"all {limit} connections have a command under way; try again"

@@ -88,7 +88,8 @@ class Keeper:
         try:
             try:
                 self._open_log()
-                self.listener, self.door = self.claim.listen(), self.claim.open_door()
+                self.listener = self.claim.listen(shared=bool(self.config.get("allow_uid")))
+                self.door = self.claim.open_door()
             except OSError as exc:
                 return self._refuse(f"{exc.filename or self.claim.directory}: {exc.strerror}", 1)
             _kernel_manners()

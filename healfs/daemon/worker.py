@@ -77,7 +77,8 @@ class Worker:
             fence=config.fence is not None,
             ambiguous=self.backend.ambiguous,
         )
-        self.control = ControlServer(commands.verbs(self), version=__version__)
+        allowed = config.allow_uid
+        self.control = ControlServer(commands.verbs(self), version=__version__, allowed=allowed)
         self.telling = Telling(parent, self.control)
         self.channel: Channel
         self.callers = Callers()

@@ -407,7 +407,7 @@ async def test_only_root_and_the_owner_may_connect(
         await negotiated(toy)
         monkeypatch.setattr(toy.server, "_allowed", {os.geteuid() + 1})
         stranger = await toy.dial()
-        assert "only root and the owner" in error(await stranger.message())[1]
+        assert "only root, the owner" in error(await stranger.message())[1]
         assert await stranger.message() is None
 
 
