@@ -47,10 +47,12 @@ def _find(mountpoint: str) -> tuple[Mount | None, Path]:
     """The mount, if it is one, and the file of its history."""
     try:
         mount = mounts.find(mountpoint)
-        return mount, mounts.events_path(mount.mountpoint)
+        if mount.history.parent.exists() and not os.access(mount.history.parent, os.X_OK):
+            bad_input(f"{mountpoint}: only its owner reads its history; healfs status works")
+        return mount, mount.history
     except MountsError as exc:
         path = mounts.events_path(mounts.canonical(mountpoint))
-        if not path.exists():
+        if not mountpoint or not path.exists():
             bad_input(str(exc))
         return None, path
 

@@ -50,7 +50,10 @@ def accept(mountpoint: str, replay: bool, drop: bool) -> None:
         client.execute("healfs-accept", {"replay": replay})
         now = _wait_accepted(client)
     if now.get("state") == "mismatch":
-        raise CliError(f"{mount.mountpoint}: not accepted: {now.get('reason')}")
+        raise CliError(
+            f"{mount.mountpoint}: not accepted: {now.get('reason')};"
+            " bring the right disk back, or one that is no smaller, and accept that"
+        )
     done = "the write log is written to it" if replay else "the write log was thrown away"
     _say(mount, f"accepted; {done}; {now.get('state')}")
 

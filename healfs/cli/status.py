@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from healfs.cli.completion import MOUNTPOINT
-from healfs.cli.daemons import connected, find
+from healfs.cli.daemons import about_dead, about_silent, advice, connected, find
 from healfs.cli.output import (
     CliError,
     cell,
@@ -21,7 +21,7 @@ from healfs.cli.output import (
 )
 from healfs.cli.pause import pause_words
 from healfs.cli.policy import sentence
-from healfs.config import format_duration, format_size
+from healfs.config import counted, format_duration, format_size
 from healfs.control import mounts
 from healfs.control.client import ControlError, connect
 from healfs.control.mounts import Mount
@@ -46,10 +46,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         return
     mount = find(mountpoint)
     if mount.is_dead():
-        raise CliError(
-            f"{mount.mountpoint}: the daemon is gone; see {mount.log}; "
-            f"healfs umount {mount.mountpoint} clears what it left"
-        )
+        raise CliError(f"{mount.mountpoint}: the daemon is gone; {advice(mount)}")
     with connected(mount, _TIMEOUT) as client:
         answer = client.execute("healfs-query-status")
     if as_json:
@@ -80,7 +77,7 @@ def list_(as_json: bool) -> None:
 
 
 def _restarts(count: int) -> str:
-    return f" (started again {count} times)" if count > 1 else " (started again)" * count
+    return f" (started again {counted(count, 'time')})" if count else ""
 
 
 def _record(mount: Mount) -> Status:
@@ -94,11 +91,17 @@ def _record(mount: Mount) -> Status:
         "log": mount.log,
         "pids": {"keeper": mount.keeper, "worker": mount.worker},
         "version": mount.version,
-        "state": "dead" if dead else "no worker" if mount.problem else "mounted",
+        "state": "dead" if dead else _alive(mount),
     }
     if mount.problem and not dead:
         record["reason"] = mount.problem
     return record
+
+
+def _alive(mount: Mount) -> str:
+    if not mount.mounted:
+        return "waiting"
+    return "no worker" if mount.problem else "mounted"
 
 
 def _ask_all(found: list[Mount]) -> list[Status]:
@@ -145,9 +148,18 @@ def _print_all(found: list[Status]) -> None:
 
 
 def _print_problems(found: list[Status]) -> None:
+    """What to do about each that serves nobody."""
     for one in found:
-        if one.get("state") == "no worker":
-            error_line(f"{one['mountpoint']}: {one['reason']}; see {one['log']}")
+        match one.get("state"):
+            case "dead":
+                text = f"the daemon is gone; {about_dead(one['mountpoint'], one['log'])}"
+            case "no answer":
+                text = f"{one['reason']}; {about_silent(one['log'])}"
+            case "no worker" | "waiting":
+                text = f"{one['reason']}; see {one['log']}"
+            case _:
+                continue
+        error_line(f"{one['mountpoint']}: {text}")
 
 
 def _print_one(mount: Mount, one: Status) -> None:
@@ -204,6 +216,8 @@ def _configuration(configuration: dict[str, Any]) -> list[str]:
 
 def _value(name: str, value: object) -> str:
     """As `healfs mount` would be given it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
@@ -254,10 +268,12 @@ def _load_rows(one: Status) -> list[tuple[str, object]]:
     totals = one.get("totals") or {}
     for kind, total in totals.items():
         if isinstance(total, dict) and total.get("requests"):
-            text = f"{total['requests']} requests"
+            text = counted(total["requests"], "request")
             if total.get("bytes"):
                 text += f", {format_size(int(total['bytes']))}"
-            rows.append((kind.replace("_", " "), f"{text}, {total.get('errors', 0)} errors"))
+            rows.append(
+                (kind.replace("_", " "), f"{text}, {counted(total.get('errors', 0), 'error')}")
+            )
     counters = {key: n for key, n in totals.items() if not isinstance(n, dict) and n}
     if counters:
         rows.append(("totals", _counts(counters)))

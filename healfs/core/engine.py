@@ -129,6 +129,7 @@ class Engine:
         self._pinned: list[Slot] = []  # payloads of attempts on the connection that was lost
         self._accept = ""  # the mismatch that the operator accepts, for one try
         self._drop = False  # and the log is not for that disk
+        self._acceptor: Mapping[str, object] = {}
         self._recovered: dict[int, Request] = {}  # an earlier worker's, by tag
 
         self.link_up = False
@@ -136,6 +137,7 @@ class Engine:
         self._mismatch = ""
         self.paused_by = ""  # "operator" or "policy" while paused
         self._paused_errno = 0
+        self._pause_reason = ""
         self._told: dict[tuple[str, int, Action], float] = {}
         self._draining = False
         self._last_answer = 0.0
@@ -601,7 +603,10 @@ class Engine:
             self._fault("pause")
 
     def _pause_disk(self, by: str, reason: str, who: Mapping[str, object] | None = None) -> None:
+        away = self.reason if self._outage.since is not None else ""
         self._move(State.PAUSED, reason)
+        self._pause_reason = reason
+        self.reason = away or reason  # `pause` says by whom; why the backend is away, nothing else
         self.paused_by = by
         self._stop_replay()
         self._save()
@@ -685,6 +690,10 @@ class Engine:
             if mismatch and not accepted:
                 self._connected_to_another(mismatch)
                 return
+            if accepted:
+                writes = len(self.log.unflushed())
+                done = {"log": "dropped" if self._drop else "replayed", "unflushed": writes}
+                self.effects.event("HEALFS_ACCEPTED", {**self._acceptor, **done})
             if accepted and self._drop:
                 self.log.lost()
                 self._replay = Replay()
@@ -704,6 +713,8 @@ class Engine:
             self._save()
             if self.state is not State.PAUSED:
                 self._go_on(now)
+            else:
+                self.reason = self._pause_reason  # no more why the backend is away
         except Exception:
             self._fault("connected")
 
@@ -722,9 +733,13 @@ class Engine:
             self._end_outage(now)
         self._send_parked()
 
-    def accept(self, *, replay: bool) -> None:
-        """The operator accepts the other disk: write the log to it, or throw the log away."""
+    def accept(self, *, replay: bool, who: Mapping[str, object] | None = None) -> None:
+        """The operator accepts the other disk: write the log to it, or throw the log away.
+
+        `who` asks for it, as the event HEALFS_ACCEPTED says it.
+        """
         try:
+            self._acceptor = who or {}
             self._drop = not replay
             self._accept = self._mismatch  # this one, and no third one
             self._connect_now()
@@ -1046,6 +1061,7 @@ class Engine:
         if self.paused_by:
             self.state = State.PAUSED
             self.since = saved.get("paused_since", now)
+            self._pause_reason = saved.get("pause_reason", "stop")
 
     def hold(self) -> None:
         """Send nothing more, but for a flush that is waited for: a successor goes on."""
@@ -1094,6 +1110,7 @@ class Engine:
                 "paused_by": self.paused_by,
                 "paused_since": self.since,
                 "paused_errno": self._paused_errno,
+                "pause_reason": self._pause_reason,
                 "size": self.size,
                 "align": self.align,
                 "outage": self._outage.save(),
@@ -1269,6 +1286,11 @@ class Engine:
     def latched(self) -> bool:
         """Some answered bytes are in the log only, and no flush succeeds."""
         return self._replay.latched
+
+    @property
+    def outage_seconds(self) -> float:
+        """How long the outage has lasted that there is now; 0: there is none."""
+        return self._outage.age(self.clock()) if self._outage.count else 0.0
 
     @property
     def longest_in_flight(self) -> float:

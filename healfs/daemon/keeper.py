@@ -10,7 +10,8 @@ keeper.
 Messages on the socket to a worker are JSON objects, one a packet. From the worker:
 {"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "serving", "version": text},
 {"do": "init", "request": hex, "reply": hex, "resend": bool}, {"do": "alive"}, {"do": "ready"},
-{"do": "beat", "status": text}, {"do": "event", "event": name, "data": object, "time": seconds};
+{"do": "beat", "status": text}, {"do": "event", "event": name, "data": object, "time": seconds},
+{"do": "unmounted", "data": object};
 the first three get a reply, {"ok": true} (a mount's with the descriptor) or {"error": text,
 "errno": n}. To the worker: a greeting, then {"event": "terminate"}. What an upgrade adds: see
 daemon/upgrading.py.
@@ -77,6 +78,7 @@ class Keeper:
         self.heartbeat = Heartbeat(self.systemd)
         self.upgrading = Upgrading(self)
         self.end = ""  # why the mount ended, when nobody asked for it
+        self.unmounted: dict[str, Any] = {}  # what the worker says of the end
 
     def run(self) -> int:
         """The exit status: 0 after an orderly unmount, 2 for bad input, else 1."""
@@ -88,14 +90,16 @@ class Keeper:
         try:
             try:
                 self._open_log()
-                self.listener, self.door = self.claim.listen(), self.claim.open_door()
+                self.listener = self.claim.listen(shared=bool(self.config.get("allow_uid")))
+                self.door = self.claim.open_door()
             except OSError as exc:
                 return self._refuse(f"{exc.filename or self.claim.directory}: {exc.strerror}", 1)
             _kernel_manners()
             self.history = History(mounts.events_path(self.mountpoint))
             status = self._serve()
             if self.connection is not None:
-                self.happened("HEALFS_UNMOUNTED", {"reason": self.end} if self.end else {})
+                reason = {"reason": self.end} if self.end else {}
+                self.happened("HEALFS_UNMOUNTED", reason | self.unmounted)
             return status
         finally:
             self.upgrading.close()
@@ -293,6 +297,8 @@ class Keeper:
             case "beat":
                 self.systemd.status(message["status"])
                 self.heartbeat.beat(time.monotonic())
+            case "unmounted":
+                self.unmounted = dict(message["data"])
             case "event" if self.futile < 2 or message["event"] != "HEALFS_FAULTED":
                 self.happened(message["event"], message["data"], message["time"])
 
@@ -393,18 +399,19 @@ class Keeper:
         self._record()
 
     def _record(self) -> None:
-        if self.fuse < 0:
-            return
+        source = str(self.config["source"])
+        waits = "" if self.fuse >= 0 else f"not mounted yet, it waits for {source}"
         try:
             self.claim.record(
                 mountpoint=self.mountpoint,
                 file=os.path.join(self.mountpoint, str(self.config["name"])),
-                source=str(self.config["source"]),
+                source=source,
                 keeper=os.getpid(),
                 worker=0 if self.worker is None else self.worker.pid,
                 log=self.log,
                 version=self.version,
-                problem=self.problem,
+                problem=self.problem or waits,
+                mounted=not waits,
             )
         except OSError as exc:
             self.say(f"{exc.filename}: {exc.strerror}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 from typing import Any
+
+import trio
 
 from healfs.config import one_line
 from healfs.daemon.lines import Lines
@@ -39,7 +42,18 @@ class Report:
         """The last report."""
         self._send(event="ready", file=file, notes=notes, write_log_off=write_log_off)
         if self._fd >= 0:
+            trio.lowlevel.notify_closing(self._fd)
             os.close(self._fd)
+            self._fd = -1
+
+    async def forsaken(self) -> None:
+        """Until `healfs mount` is gone while it waits: nobody wants the mount any more."""
+        if self._fd >= 0:
+            with contextlib.suppress(trio.ClosedResourceError):
+                # Nothing can be read from this end: what wakes is the loss of the other.
+                await trio.lowlevel.wait_readable(self._fd)
+                return
+        await trio.sleep_forever()
 
     def _send(self, **message: object) -> None:
         try:

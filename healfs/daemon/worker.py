@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import pyfuse3
@@ -76,7 +77,8 @@ class Worker:
             fence=config.fence is not None,
             ambiguous=self.backend.ambiguous,
         )
-        self.control = ControlServer(commands.verbs(self), version=__version__)
+        allowed = config.allow_uid
+        self.control = ControlServer(commands.verbs(self), version=__version__, allowed=allowed)
         self.telling = Telling(parent, self.control)
         self.channel: Channel
         self.callers = Callers()
@@ -138,7 +140,8 @@ class Worker:
             parent = self.parent
             for task in (parent.listen, parent.heed_signals, self._beat, self.telling.run):
                 nursery.start_soon(faults.guarded, self, task)
-            nursery.start_soon(self._terminate_early, nursery.cancel_scope)
+            for why in self.parent.terminate.wait, self.report.forsaken:
+                nursery.start_soon(self._end_early, nursery.cancel_scope, why)
             status = await self._mount()
             if status is None:
                 unmount = self.unmounting.on_request_of_the_keeper
@@ -153,9 +156,9 @@ class Worker:
             mounts.clear_dead(self.parent.greeting["directory"])
         return self._early_end if status is None else status
 
-    async def _terminate_early(self, scope: trio.CancelScope) -> None:
-        """Before the mount, SIGTERM just ends the process."""
-        await self.parent.terminate.wait()
+    async def _end_early(self, scope: trio.CancelScope, why: Callable[[], Awaitable[None]]) -> None:
+        """Before the mount, it just ends the process."""
+        await why()
         if not hasattr(self, "channel"):
             self.report.error("interrupted; nothing is mounted", INTERRUPTED)
             self._early_end = INTERRUPTED

@@ -190,11 +190,12 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
         f"{config.log_entries - RESERVED} requests, whichever",
         f"{limits.in_flight} are handed",
         f"at most {limits.failed_retries_per_second} a second",
-        f"{control.connections} at a time",
+        f"{control.connections} at a time, and five seconds to negotiate",
         f"that has {control.output_messages} messages",
         f"{format_size(nbd_tls.SEND)} are encrypted",
     ):
         assert said in text, said
+    assert control.negotiation_seconds == 5
     assert format_duration(config.slow_after) == "5s" and "Five seconds without any" in text
     assert NbdBackend.settle == 5 and FileBackend.settle == 0
     assert f"It may take {fencing.FENCE_SECONDS:g} seconds" in SEMANTICS.read_text()

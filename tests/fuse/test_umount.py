@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -33,8 +34,6 @@ def _mounted(commands: Commands, source: str | Path, *options: str) -> None:
 
 
 def _status(commands: Commands) -> dict[str, object]:
-    import json
-
     done = commands.run("status", commands.mountpoint, "--json", seconds=ANSWER)
     assert done.returncode == 0, done.stderr
     answer: dict[str, object] = json.loads(done.stdout)
@@ -115,7 +114,8 @@ def test_umount_in_an_outage_says_what_waits_and_leaves_the_mount(
     took = time.monotonic() - before
     assert done.returncode == 1 and took < 15  # it tries for 5 s; the machine is busy
     (line,) = done.stderr.splitlines()
-    assert "1 requests wait" in line and "--force" in line and "away" in line
+    assert line.count(str(commands.mountpoint)) == 1
+    assert "1 request waits" in line and "--force" in line and "the backend is away (" in line
     assert commands.is_mounted and len(commands.processes()) == 2 and not writer.answered
     server.start()
     assert writer.answer().value == 4096
@@ -147,6 +147,11 @@ def test_force_answers_what_is_parked_and_says_so(away: tuple[Commands, NbdServe
     assert "given up" in line and "1 write (4 KiB)" in line
     assert writer.answer().errno == errno.EIO
     commands.nothing_left()
+    said = commands.run("events", commands.mountpoint, "--json").stdout.splitlines()
+    last = json.loads(said[-1])
+    assert last["event"] == "HEALFS_UNMOUNTED" and last["data"]["uid"] == os.geteuid()
+    assert last["data"]["given_up"]["write"] == {"requests": 1, "bytes": 4096}
+    assert last["data"]["outage_seconds"] > 0
 
 
 def test_force_when_the_server_hangs(hanging: tuple[Commands, Agent]) -> None:

@@ -182,6 +182,26 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
     ("HEALFS_MOUNTED", {"source": "/srv/vm1.img"}, "mounted /srv/vm1.img"),
     ("HEALFS_UNMOUNTED", {}, "unmounted"),
     ("HEALFS_UNMOUNTED", {"reason": "signal 9"}, "unmounted: signal 9"),
+    (
+        "HEALFS_UNMOUNTED",
+        {
+            "uid": 0,
+            "pid": 7,
+            "outage_seconds": 12.0,
+            "given_up": {"unflushed": {"requests": 2, "bytes": 8192}},
+        },
+        "unmounted by uid 0 (pid 7), in an outage of 12s; given up: 2 unflushed (8 KiB)",
+    ),
+    (
+        "HEALFS_ACCEPTED",
+        {"uid": 0, "pid": 7, "log": "dropped", "unflushed": 1},
+        "the other disk was accepted by uid 0 (pid 7): 1 unflushed write dropped",
+    ),
+    (
+        "HEALFS_RECONNECT",
+        {"uid": 0, "pid": 7},
+        "a new connection was asked for by uid 0 (pid 7)",
+    ),
     ("HEALFS_OUTAGE", {"kind": "away", "reason": "r"}, "outage: the backend is away: r"),
     ("HEALFS_OUTAGE", {"kind": "worker", "reason": ""}, "outage: the worker died"),
     (
@@ -236,9 +256,15 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
         },
         "4 requests that waited were failed by uid 0 (pid 7)",
     ),
+    (
+        "HEALFS_FAILED",
+        {"uid": 0, "pid": 7, "requests": {"read": {"requests": 1, "bytes": 0}}},
+        "1 request that waited was failed by uid 0 (pid 7)",
+    ),
     ("STOP", {"by": "operator", "uid": 0, "pid": 7}, "paused by uid 0 (pid 7)"),
     ("STOP", {"by": "policy", "reason": "no space"}, "paused: no space"),
     ("HEALFS_DRAINED", {"unflushed": 0}, "drained"),
+    ("HEALFS_DRAINED", {"unflushed": 1}, "drained, 1 answered write not flushed"),
     ("HEALFS_DRAINED", {"unflushed": 4}, "drained, 4 answered writes not flushed"),
     ("RESUME", {"uid": 0, "pid": 7}, "resumed by uid 0 (pid 7)"),
     ("RESUME", {}, "resumed: the policy changed"),
