@@ -15,6 +15,9 @@ ROOT = Path(__file__).parents[2]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES = [*MARKDOWN, *sorted((ROOT / "man").glob("*.scd"))]
 
+# click keeps the names of a verb's help option, from the first context it sees.
+PARENT = click.Context(main, info_name="healfs", **main.context_settings)
+
 
 def blocks(text: str) -> str:
     """What is set as code, in lines; a line that ends in \\ is one with the next."""
@@ -42,14 +45,16 @@ def test_a_command_line_is_one_that_the_program_takes(page: str, words: list[str
     verb, *arguments = words
     command = main.get_command(click.Context(main), verb)
     assert command is not None, f"{page}: no verb {verb}"
-    command.make_context(verb, arguments)  # raises click.UsageError, and runs nothing
+    command.make_context(
+        verb, arguments, parent=PARENT
+    )  # raises click.UsageError, and runs nothing
 
 
 def test_a_command_line_that_is_wrong_is_found() -> None:
     command = main.get_command(click.Context(main), "umount")
     assert command is not None
     with pytest.raises(click.UsageError):
-        command.make_context("umount", ["/mnt/vm1", "--lazily"])
+        command.make_context("umount", ["/mnt/vm1", "--lazily"], parent=PARENT)
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.name)
