@@ -4,10 +4,16 @@ PYTHON := /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
-MAN := $(patsubst %.scd,build/%,$(wildcard man/*.scd))
+PAGES := $(patsubst man/%.scd,%,$(wildcard man/*.scd))
+# PAGE:OTHER where a page stands for another, so that man healfs-VERB finds each verb.
+ALIASES := healfs-umount.1:healfs-mount.1 healfs-list.1:healfs-status.1 \
+	healfs-resume.1:healfs-pause.1 healfs-reconnect.1:healfs-recovery.1 \
+	healfs-accept.1:healfs-recovery.1 healfs-fail.1:healfs-recovery.1 \
+	healfs-demo.1:healfs-doctor.1 healfs@.service.8:healfs.toml.5
+MAN := $(PAGES) $(foreach alias,$(ALIASES),$(firstword $(subst :, ,$(alias))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak sim bench man install uninstall clean
+.PHONY: help setup demo guest test soak sim bench man install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /    make \1\t/p' Makefile | expand -t 20
@@ -35,6 +41,10 @@ setup: $(VENV)/.test ## install what healfs and its tests need; leaves .venv/bin
 demo: $(VENV)/.run ## a verified load through an outage, on a real NBD server
 	$(BIN)/healfs demo
 
+guest: $(VENV)/.run ## a tiny Linux for a virtual machine, in build/guest: README.md uses it
+	tests/setup/packages guest
+	$(BIN)/python -m tests.vm.image build/guest
+
 test: setup ## lint, types, import rules, and all tests but those marked soak
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,11 +63,13 @@ sim: setup ## the engine in the simulator: make sim SEEDS=N
 bench: setup ## a table of ratios beside qemu-storage-daemon and nbdfuse
 	$(BIN)/python -m tests.bench
 
-man: $(MAN) ## the manual pages, in build/man
-
-build/man/%: man/%.scd
-	@mkdir -p $(@D)
-	scdoc <$< >$@
+man: ## the manual pages, in build/man: man -M build/man healfs
+	rm -rf build/man
+	mkdir -p build/man/man1 build/man/man5 build/man/man7 build/man/man8
+	for page in $(PAGES); do \
+		scdoc <man/$$page.scd >build/man/man$${page##*.}/$$page || exit; done
+	for alias in $(ALIASES); do page=$${alias%:*} other=$${alias#*:}; \
+		echo ".so man$${other##*.}/$$other" >build/man/man$${page##*.}/$$page; done
 
 PREFIX ?= /usr/local
 LIB := $(DESTDIR)$(PREFIX)/lib/healfs
@@ -69,7 +81,7 @@ ZSH_COMPLETION := $(SHARE)/zsh/site-functions/_healfs
 FISH_COMPLETION := $(SHARE)/fish/vendor_completions.d/healfs.fish
 
 # A virtual environment that may be moved: nothing in it names the place it was made in.
-install: $(MAN) ## for the whole system: make install DESTDIR= PREFIX=/usr/local
+install: man ## for the whole system: make install DESTDIR= PREFIX=/usr/local
 	tests/setup/packages run
 	rm -rf $(LIB) build/lib* build/temp.* build/bdist.*
 	$(PYTHON) -m venv $(LIB)
@@ -88,14 +100,14 @@ install: $(MAN) ## for the whole system: make install DESTDIR= PREFIX=/usr/local
 	$(LIB)/bin/python -I -m healfs.cli.completion bash >$(BASH_COMPLETION)
 	$(LIB)/bin/python -I -m healfs.cli.completion zsh >$(ZSH_COMPLETION)
 	$(LIB)/bin/python -I -m healfs.cli.completion fish >$(FISH_COMPLETION)
-	for page in $(MAN); do \
-		install -D -m 644 $$page $(MANUAL)/man$${page##*.}/$${page##*/} || exit; done
+	for page in $(MAN); do page=man$${page##*.}/$$page; \
+		install -D -m 644 build/man/$$page $(MANUAL)/$$page || exit; done
 
 uninstall: ## remove what make install laid; /etc/healfs stays where it is not empty
 	rm -rf $(LIB)
 	rm -f $(DESTDIR)$(PREFIX)/bin/healfs $(UNITS)/healfs@.service
 	rm -f $(BASH_COMPLETION) $(ZSH_COMPLETION) $(FISH_COMPLETION)
-	for page in $(notdir $(MAN)); do rm -f $(MANUAL)/man$${page##*.}/$$page; done
+	for page in $(MAN); do rm -f $(MANUAL)/man$${page##*.}/$$page; done
 	rmdir $(DESTDIR)/etc/healfs 2>/dev/null || true
 
 clean: ## remove what make made

@@ -71,6 +71,11 @@ def format_size(size: int) -> str:
     return f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """For people: "1 request waits", "2 requests wait"; `many` is `one` with an s by default."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def spans(ranges: Iterable[Sequence[int]]) -> list[str]:
     """For people, of (offset, length): "0-4095"."""
     return [f"{offset}-{offset + length - 1}" for offset, length in ranges]
@@ -101,6 +106,7 @@ class MountConfig:
     slow_after: float = 5.0
     device: str = "virtio-blk"
     allow_other: bool = False
+    allow_uid: tuple[int, ...] = ()  # who may use the control socket beside the owner and root
     no_wait: bool = False
     size: int | None = None
     foreground: bool = False
@@ -122,6 +128,7 @@ class MountConfig:
         try:
             values = json.loads(text)
             values["policy"] = Policy.from_dict(values["policy"])
+            values["allow_uid"] = tuple(values.get("allow_uid", ()))
             return cls(**values)
         except (KeyError, TypeError, json.JSONDecodeError) as exc:
             raise ConfigError(f"not a mount's configuration: {exc}") from None

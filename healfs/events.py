@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from healfs.config import format_duration
+from healfs.config import counted, format_duration, format_size
 
 KEPT = 1000
 TEXT = 500  # characters of a text in an event: a server's own words may be long
@@ -127,7 +127,7 @@ class Throttle:
 
     BURST events are told at once; what comes faster is held back but for the newest, which is
     told when there is room, with the number of those `untold`: so the last word is always true.
-    What a person did is told always.
+    What a person did is told always, and the end of the worker by an internal error.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class Throttle:
         if self._held is None and self._last == (name, data):
             return []  # the same fence has failed once more
         self._last = name, data
-        if "uid" in data:
+        if "uid" in data or name == "HEALFS_FAULTED":
             return [*self._release(), (name, data, now)]
         if self._held is not None or not self._has_room(now):
             self._untold += self._held is not None
@@ -197,7 +197,7 @@ def _sentence(name: str, data: dict[str, Any]) -> str:
         case "HEALFS_MOUNTED":
             return f"mounted {data.get('source')}"
         case "HEALFS_UNMOUNTED":
-            return _with("unmounted", reason)
+            return _unmounted(data)
         case "HEALFS_OUTAGE":
             return _with(f"outage: {KINDS.get(data['kind'], data['kind'])}", reason)
         case "HEALFS_OUTAGE_CHANGED":
@@ -216,16 +216,23 @@ def _sentence(name: str, data: dict[str, Any]) -> str:
             return _with("the fence failed", reason)
         case "HEALFS_POLICY_CHANGED":
             return f"policy changed by {_who(data)}: {_changes(data)}"
+        case "HEALFS_ACCEPTED":
+            writes = counted(data["unflushed"], "unflushed write")
+            return f"the other disk was accepted by {_who(data)}: {writes} {data['log']}"
+        case "HEALFS_RECONNECT":
+            return f"a new connection was asked for by {_who(data)}"
         case "HEALFS_FAILED":
             count = sum(kind["requests"] for kind in data["requests"].values())
-            return f"{count} requests that waited were failed by {_who(data)}"
+            text = counted(count, "request that waited was", "requests that waited were")
+            return f"{text} failed by {_who(data)}"
         case "STOP":
             return f"paused by {_who(data)}" if "uid" in data else _with("paused", reason)
         case "RESUME":
             return f"resumed by {_who(data)}" if "uid" in data else "resumed: the policy changed"
         case "HEALFS_DRAINED":
-            unflushed = data.get("unflushed")
-            return f"drained, {unflushed} answered writes not flushed" if unflushed else "drained"
+            if unflushed := data.get("unflushed"):
+                return f"drained, {counted(unflushed, 'answered write')} not flushed"
+            return "drained"
         case "HEALFS_FAULTED":
             return _with("faulted", reason)
     rest = ", ".join(f"{key} {value}" for key, value in data.items() if key != "untold")
@@ -240,13 +247,24 @@ def _who(data: dict[str, Any]) -> str:
     return f"uid {data['uid']} (pid {data.get('pid')})"
 
 
+def _unmounted(data: dict[str, Any]) -> str:
+    text = f"unmounted by {_who(data)}" if "uid" in data else "unmounted"
+    text = _with(text, str(data.get("reason", "")))
+    if seconds := data.get("outage_seconds"):
+        text += f", in an outage of {format_duration(float(seconds))}"
+    lost = [
+        f"{given['requests']} {kind.replace('_', ' ')} ({format_size(given['bytes'])})"
+        for kind, given in data.get("given_up", {}).items()
+    ]
+    return f"{text}; given up: {', '.join(lost)}" if lost else text
+
+
 def _recovered(data: dict[str, Any]) -> str:
     text = f"outage over after {format_duration(float(data['seconds']))}"
     if not (waited := data.get("requests_waited")):
         return f"{text}: no request waited"
     longest = format_duration(float(data.get("longest_wait", 0)))
-    count = "1 request" if waited == 1 else f"{waited} requests"
-    return f"{text}: {count} waited, the longest {longest}"
+    return f"{text}: {counted(waited, 'request')} waited, the longest {longest}"
 
 
 def _changes(data: dict[str, Any]) -> str:
@@ -255,8 +273,13 @@ def _changes(data: dict[str, Any]) -> str:
         for key, value in new.items():
             if (old := data["from"].get(direction, {}).get(key)) != value:
                 word = key if key in ("rerror", "werror") else f"{direction} {key}"
-                changes.append(f"{word.replace('_', ' ')} {old} -> {value}")
+                changes.append(f"{word.replace('_', ' ')} {_setting(old)} -> {_setting(value)}")
     return ", ".join(changes) or "nothing"
+
+
+def _setting(value: object) -> str:
+    """A word of the policy, or a time."""
+    return format_duration(value) if isinstance(value, int | float) else str(value)
 
 
 # --- for systemd's journal ----------------------------------------------------------------------

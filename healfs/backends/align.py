@@ -14,6 +14,8 @@ from dataclasses import replace
 from healfs.backends.base import Backend, Extent, Geometry, Polled
 from healfs.core.request import Done, Kind, Request
 
+SECTOR = 512  # what every guest counts a disk in
+
 Data = memoryview | bytes | bytearray | None
 
 
@@ -40,6 +42,9 @@ class AlignedBackend(Backend):
         """As the inner one's; minimum_block stays, for the engine's ordering."""
         self._answers.clear()
         geometry = await self._inner.connect()
+        if (rest := geometry.size % SECTOR) and geometry.minimum_block < SECTOR:
+            text = f"its size is no multiple of {SECTOR}: a guest may not see the last {rest} bytes"
+            geometry = replace(geometry, notes=(*geometry.notes, text))
         self._block = geometry.minimum_block
         self._mask = self._block - 1
         if self._block == 1:

@@ -177,7 +177,7 @@ class FaultBackend(Backend):
                 self._rules = parse(file.read())
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
-            text = f"{self._path}: bad fault rules: {why}"
+            text = f"{self._path}: bad fault rules: {why}; correct the file, or leave out --fault"
             if self._rules is None:
                 self._signature = None
                 raise SourceError(text) from None

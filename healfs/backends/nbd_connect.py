@@ -50,7 +50,8 @@ async def _open_unix(path: str) -> socket.socket:
         try:
             await opening.connect(path)
         except PermissionError as error:
-            raise SourceError(f"{path}: permission denied", e.EACCES) from error
+            text = f"{path}: permission denied; mount as a user who may write to it, or as root"
+            raise SourceError(text, e.EACCES) from error
         except ConnectionRefusedError as error:
             if not path.startswith("\0") and not stat.S_ISSOCK(os.stat(path).st_mode):
                 raise SourceError(f"{path}: not a socket") from error
@@ -146,7 +147,7 @@ def _first_with_errno(error: BaseException) -> OSError:
     while todo:
         cause = todo.pop(0)
         if isinstance(cause, OSError) and cause.errno is not None:
-            return OSError(cause.errno, cause.strerror)
+            return OSError(cause.errno, os.strerror(cause.errno))  # trio's own words say more
         if isinstance(cause, BaseExceptionGroup):
             todo += cause.exceptions
         elif cause is not None:

@@ -116,7 +116,9 @@ class Attempt:
     def _explained(self, error: OSError) -> OSError:
         if error.errno not in _WRONG:
             return OSError(error.errno, f"{self._path}: {error.strerror}")
-        writing = "" if self._read_only else " for writing; --read-only may be enough"
+        writing = " for writing; --read-only may be enough, or mount as root"
+        if self._read_only:
+            writing = "; mount as the user whose it is, or as root"
         text = _WRONG[error.errno].format(path=self._path, writing=writing)
         return SourceError(text, error.errno)
 
@@ -175,7 +177,9 @@ class Attempt:
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "Is a directory")
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise SourceError(f"{self._path} is neither a regular file nor a block device")
+            raise SourceError(
+                f"{self._path} is neither a regular file nor a block device; name one of these"
+            )
         return stat.S_ISBLK(mode)
 
     def _exclude_others(self, fd: int) -> None:

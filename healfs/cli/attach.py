@@ -1,6 +1,6 @@
 """healfs attach: what a virtual machine's configuration says, so that healfs keeps its promises.
 
-The reasons for each word are in healfs(1), "HEALFS ATTACH".
+The reasons for each word are in healfs-attach(1).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Disk:
     minimum_block: int
 
 
-@click.command()
+@click.command(short_help="Print how a virtual machine attaches the disk.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--qemu", is_flag=True, help="Print arguments for QEMU (the default).")
 @click.option("--libvirt", is_flag=True, help="Print a <disk> element for libvirt.")

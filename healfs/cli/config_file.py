@@ -16,13 +16,24 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from healfs.cli.output import bad_input
+from healfs.cli.output import bad_input, os_error
 from healfs.config import ConfigError
 
 DIRECTORY = Path("/etc/healfs")
 MAXIMUM_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*", re.ASCII)
-_NOT_IN_A_FILE = ("config", "help")
+# A file is read at each mount. A disk that is missing then (its file system is not mounted, say)
+# would come back as a new and empty one.
+_NOT_IN_A_FILE = {
+    "config": "not in a file; give it on the command line",
+    "create": "not in a file, which is read at each mount; create the disk once, on the command "
+    "line: healfs mount NAME --create SIZE",
+}
+_EMPTY = {
+    "source": "SOURCE is empty; give a path, an NBD URI, or the NAME of a file in /etc/healfs",
+    "mountpoint": "MOUNTPOINT is empty; give a directory",
+    "config": "--config is empty; give the path of a file",
+}
 _WORDS = {ParameterSource.COMMANDLINE: "option", ParameterSource.DEFAULT_MAP: "file"}
 
 
@@ -36,8 +47,12 @@ class ConfiguredCommand(click.Command):
         # What is missing may be there as a sentinel of click's.
         words = {key: value for key, value in given.items() if isinstance(value, str)}
         source, mountpoint = words.get("source"), words.get("mountpoint")
-        if given.get("help") is True:
+        asked = self.get_help_option(ctx)  # its name is click's own, and changed in click 8.5
+        if asked is not None and given.get(asked.name) is True:
             return super().parse_args(ctx, args)
+        for key in ("source", "mountpoint", "config"):
+            if words.get(key) == "":
+                bad_input(f"{_EMPTY[key]}; see healfs mount --help")
         if path := words.get("config"):
             if source is not None:
                 bad_input("--config has the source and the mountpoint; give no more than options")
@@ -103,6 +118,8 @@ def read(path: Path, ctx: click.Context) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in table.items():
         where = f"{path}:{_line(text, key)}: {key}"
+        if key in _NOT_IN_A_FILE:
+            raise ConfigError(f"{where}: {_NOT_IN_A_FILE[key]}")
         if key not in parameters:
             raise ConfigError(f"{where}: unknown key{_nearest(key, parameters)}")
         parameter = parameters[key]
@@ -120,7 +137,7 @@ def _text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(MAXIMUM_BYTES + 1)
     except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror}") from None
+        raise ConfigError(os_error(exc)) from None
     if len(data) > MAXIMUM_BYTES:
         raise ConfigError(f"{path}: longer than {MAXIMUM_BYTES} bytes; is it a configuration?")
     try:
@@ -155,6 +172,10 @@ def _value(value: Any, parameter: click.Parameter, ctx: click.Context, where: st
         raise ConfigError(f"{where}: {'true or false' if flag else 'no bool'} is expected")
     if flag:
         return value
+    if parameter.multiple and isinstance(value, list):
+        return [_value(one, _single(parameter), ctx, where) for one in value]
+    if parameter.multiple:
+        raise ConfigError(f"{where}: write a list, such as [107]")
     if not isinstance(value, str | int):
         raise ConfigError(f'{where}: write a string or a number, such as "5s" or 64')
     if parameter.name in ("source", "mountpoint", "fault") and not _is_absolute(str(value)):
@@ -163,6 +184,11 @@ def _value(value: Any, parameter: click.Parameter, ctx: click.Context, where: st
         return parameter.type.convert(str(value), parameter, ctx)
     except click.BadParameter as exc:
         raise ConfigError(f"{where}: {exc.message.rstrip('.')}") from None
+
+
+def _single(parameter: click.Parameter) -> click.Parameter:
+    """What each value of a list has to be."""
+    return click.Option([f"--{parameter.name}"], type=parameter.type)
 
 
 def _is_absolute(value: str) -> bool:

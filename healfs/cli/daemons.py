@@ -35,10 +35,21 @@ def connected(mount: Mount, timeout: float) -> Iterator[Client]:
     except CommandFailed as exc:
         raise CliError(f"{mount.mountpoint}: {exc}") from None
     except ControlError as exc:
-        advice = f"see {mount.log}"
-        if mount.is_dead():
-            advice += f"; healfs umount {mount.mountpoint} clears what it left"
-        raise CliError(f"{mount.mountpoint}: {exc}; {advice}") from None
+        raise CliError(f"{mount.mountpoint}: {exc}; {advice(mount)}") from None
+
+
+def advice(mount: Mount) -> str:
+    """What to do about a daemon that is gone, or that does not answer."""
+    dead = mount.is_dead()
+    return about_dead(mount.mountpoint, mount.log) if dead else about_silent(mount.log)
+
+
+def about_dead(mountpoint: str, log: str) -> str:
+    return f"see {log}; healfs umount {mountpoint} clears what it left"
+
+
+def about_silent(log: str) -> str:
+    return f"try again (a worker that hangs is replaced), or see {log}"
 
 
 def is_mounted(mountpoint: str) -> bool:

@@ -39,10 +39,15 @@ _DEADLINE = 30.0  # seconds for what takes one when all is well
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@click.command()
+class _Seconds(click.IntRange):
+    name = "number of seconds"  # click says "'x' is not a valid" and this
+
+
+@click.command(short_help="Kill a disk's server under load, and compare every byte.")
 @click.option(
     "--seconds",
-    type=click.IntRange(3, 600),
+    type=_Seconds(3, 600),
+    metavar="SECONDS",
     default=18,
     help="How long the load runs; the server is away in the middle third. [18]",
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import shlex
+from dataclasses import asdict, replace
 
 import click
 from rich.text import Text
@@ -11,6 +12,7 @@ from healfs.cli import exit_status
 from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import find
 from healfs.cli.output import cell, console, print_json, table
+from healfs.config import one_line
 from healfs.control.client import ControlError, connect
 from healfs.control.mounts import Mount
 from healfs.doctor import disk, guests, host
@@ -20,16 +22,20 @@ _TIMEOUT = 4.0
 _STYLES = {Level.OK: "green", Level.NOTE: "", Level.WARNING: "yellow", Level.ERROR: "red"}
 
 
-@click.command()
+@click.command(short_help="Look for what would break the promises.")
 @click.argument("mountpoint", type=MOUNTPOINT, required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
 def doctor(mountpoint: str | None, as_json: bool) -> int:
     """Look for what would break the promises: on this host, and of the disk at MOUNTPOINT.
 
-    Each finding comes with the command that mends it. Exit status 1 when a promise does not hold.
+    Each finding that is not ok comes with the command that mends it. Exit status 1 when a promise
+    does not hold.
     """
-    found = [] if mountpoint is None else _of_mount(find(mountpoint))
-    found += host.examine(host.Host())
+    found, here = [], host.Host()
+    if mountpoint is not None:
+        found = _of_mount(find(mountpoint))
+        here = replace(here, memlock=None)
+    found += host.examine(here)
     if as_json:
         print_json([asdict(finding) for finding in found])
     else:
@@ -44,17 +50,22 @@ def _of_mount(mount: Mount) -> list[Finding]:
         with connect(mount.control, _TIMEOUT) as client:
             return disk.examine(client.execute("healfs-query-status")) + found
     except ControlError as exc:
-        mend = f"see {mount.log}"
+        mend = f"less {shlex.quote(mount.log)}"
         if mount.is_dead():
-            mend += f"; healfs umount {mount.mountpoint} clears what it left"
+            mend = f"healfs umount {shlex.quote(mount.mountpoint)} # clears what it left"
         return [Finding("daemon", Level.ERROR, str(exc), mend), *found]
 
 
 def _print(found: list[Finding]) -> None:
     result = table("", "CHECK", "FINDING")
     for finding in found:
-        text = Text(finding.text)
-        if finding.mend:
-            text.append(f"\n-> {finding.mend}", style="bold")
-        result.add_row(Text(finding.level, style=_STYLES[finding.level]), cell(finding.check), text)
+        style = _STYLES[finding.level]
+        result.add_row(Text(finding.level, style), cell(finding.check), cell(finding.text))
     console().print(result)
+    checks: dict[str, list[str]] = {}
+    for finding in found:
+        if finding.mend and finding.check not in (named := checks.setdefault(finding.mend, [])):
+            named.append(finding.check)
+    # To be pasted into a shell: no line is broken, and what is no command is a comment.
+    for mend, named in checks.items():
+        click.echo(f"\n# {one_line(', '.join(named))}\n{one_line(mend)}")

@@ -22,7 +22,7 @@ _LOOK_SECONDS = 0.2
 _STYLES = {history.CRITICAL: "red", history.ERROR: "red", history.WARNING: "yellow"}
 
 
-@click.command()
+@click.command(short_help="Show what happened to a disk, mounted or not.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--follow", is_flag=True, help="Go on with what happens, until it is unmounted.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: one object a line.")
@@ -47,10 +47,12 @@ def _find(mountpoint: str) -> tuple[Mount | None, Path]:
     """The mount, if it is one, and the file of its history."""
     try:
         mount = mounts.find(mountpoint)
-        return mount, mounts.events_path(mount.mountpoint)
+        if mount.history.parent.exists() and not os.access(mount.history.parent, os.X_OK):
+            bad_input(f"{mountpoint}: only its owner reads its history; healfs status works")
+        return mount, mount.history
     except MountsError as exc:
         path = mounts.events_path(mounts.canonical(mountpoint))
-        if not path.exists():
+        if not mountpoint or not path.exists():
             bad_input(str(exc))
         return None, path
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from healfs.cli import exit_status
-from healfs.cli.output import CliError, error_line
+from healfs.cli.output import CliError, error_line, os_error
 from healfs.config import ConfigError
 from healfs.control.client import ControlError
 from healfs.control.mounts import MountsError
@@ -49,6 +49,17 @@ class _Healfs(click.Group):
         command: click.Command = getattr(importlib.import_module(module), name)
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as exc:
+            if exc.ctx is None and (verb := ctx.invoked_subcommand):
+                # click names no verb when the parser itself finds the error.
+                command = self.get_command(ctx, verb)
+                assert command is not None
+                exc.ctx = click.Context(command, parent=ctx, info_name=verb)
+            raise
+
     def main(self, *args: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
         sys.exit(self._run(*args, **extra))
@@ -66,7 +77,9 @@ class _Healfs(click.Group):
             return exit_status.BAD_INPUT
         except click.UsageError as exc:
             where = exc.ctx.command_path if exc.ctx else "healfs"
-            error_line(f"{exc.format_message().rstrip('.')}; see {where} --help")
+            text = exc.format_message().rstrip(".")
+            see = " See" if text.endswith("?") else "; see"  # "Did you mean ...?"
+            error_line(f"{text}{see} {where} --help")
             return exit_status.BAD_INPUT
         except click.ClickException as exc:
             error_line(exc.format_message())
@@ -86,7 +99,7 @@ class _Healfs(click.Group):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return exit_status.FAILURE
         except OSError as exc:
-            error_line(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
+            error_line(os_error(exc))
             return exit_status.FAILURE
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from shutil import which
@@ -23,7 +22,7 @@ from healfs.cli import config_file, exit_status
 from healfs.cli.completion import Directory, Source
 from healfs.cli.daemons import clear, detach, is_mounted
 from healfs.cli.log_options import checked, log_options
-from healfs.cli.output import CliError, bad_input, error_line
+from healfs.cli.output import CliError, bad_input, error_line, os_error
 from healfs.cli.policy_options import DURATION, SIZE, changes, policy_options
 from healfs.config import MountConfig, one_line
 from healfs.control import mounts
@@ -33,15 +32,19 @@ _STOP_SECONDS = 5.0  # what a keeper that was told to end may take
 _FUSE_SYSCTLS = Path("/proc/sys/fs/fuse")
 _AS_GIVEN = (
     *("name", "read_only", "create", "slow_after", "device"),
-    *("allow_other", "no_wait", "size", "foreground"),
+    *("allow_other", "allow_uid", "no_wait", "size", "foreground"),
 )
 
 
-@click.command(cls=config_file.ConfiguredCommand)
+@click.command(
+    cls=config_file.ConfiguredCommand,
+    short_help="Mount a file, block device or NBD export as a disk's file.",
+)
 @click.argument("source", type=Source(), required=False)
 @click.argument("mountpoint", type=Directory(), required=False)
 @click.option(
     "--config",
+    type=click.Path(),
     metavar="FILE",
     help="Take what is not given here from FILE. [/etc/healfs/NAME.toml]",
 )
@@ -64,6 +67,13 @@ _AS_GIVEN = (
 @log_options
 @click.option("--foreground", is_flag=True, help="Stay, and end the mount on Ctrl-C or SIGTERM.")
 @click.option("--allow-other", is_flag=True, help="Let other users in (libvirt's qemu).")
+@click.option(
+    "--allow-uid",
+    type=click.IntRange(0, 2**32 - 2),
+    multiple=True,
+    metavar="UID",
+    help="Let this user have status, policy and all other verbs, too. Repeatable.",
+)
 @click.option("--no-wait", is_flag=True, help="Mount while the backend is away. Needs --size.")
 @click.option("--size", type=SIZE, help="The disk's size, with --no-wait.")
 @click.option(
@@ -186,7 +196,10 @@ def _check_mountpoint(mountpoint: str) -> None:
         if left.mountpoint == mountpoint and left.is_dead():
             error_line(f"{mountpoint}: the last daemon was killed; {clear(left)}")
     if is_mounted(mountpoint):
-        bad_input(f"{mountpoint}: something is mounted there already")
+        bad_input(
+            f"{mountpoint}: something is mounted there already; "
+            "take another directory, or unmount that first"
+        )
     try:
         with os.scandir(mountpoint) as entries:
             if next(entries, None) is not None:
@@ -194,26 +207,36 @@ def _check_mountpoint(mountpoint: str) -> None:
     except FileNotFoundError:
         bad_input(f"{mountpoint}: no such directory; make it first: mkdir -p {mountpoint}")
     except NotADirectoryError:
-        bad_input(f"{mountpoint}: not a directory")
+        bad_input(f"{mountpoint}: not a directory; MOUNTPOINT is an empty directory")
     except OSError as exc:
-        bad_input(f"{mountpoint}: {exc.strerror}")
+        bad_input(os_error(exc))
 
 
-class _Terminated(BaseException):
-    """SIGTERM or SIGHUP came while the mount was being made."""
+class _Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP came while the mount was being made."""
 
 
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    def terminated(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
+class _Signals:
+    """The first of them raises _Interrupted, until `deaf`: a second one must not break off the
+    clearing up after the first."""
 
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    saved = [signal.signal(number, terminated) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, saved, strict=True):
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.deaf = False
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        if not self.deaf:
+            self.deaf = True
+            raise _Interrupted
+
+    def __enter__(self) -> _Signals:
+        self._saved = [signal.signal(number, self._came) for number in self._NUMBERS]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.deaf = True
+        for number, handler in zip(self._NUMBERS, self._saved, strict=True):
             signal.signal(number, handler)
 
 
@@ -221,18 +244,19 @@ def _run(config: MountConfig) -> None:
     ready_read, ready_write = os.pipe()
     with open(ready_read, encoding="utf-8", errors="replace") as ready:
         try:
-            with _signals_raise():
+            with _Signals() as signals:
                 keeper = _start(config, ready_write)
                 try:
                     os.close(ready_write)
                     ready_write = -1
                     _hand_over(keeper, config)
                     _wait_ready(ready, config)
-                    return  # it is detached: a signal that comes later is not its
+                    signals.deaf = True  # it is detached: a signal that comes later is not its
                 except BaseException:
+                    signals.deaf = True
                     _end(keeper, config)
                     raise
-        except (KeyboardInterrupt, _Terminated):
+        except _Interrupted:
             raise CliError("interrupted; nothing is mounted", exit_status.INTERRUPTED) from None
         finally:
             if ready_write >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from typing import Any, NoReturn
@@ -31,6 +32,22 @@ def error_line(message: str) -> None:
     print(f"healfs: {one_line(message)}", file=sys.stderr, flush=True)
 
 
+_NEXT = {
+    errno.EACCES: "run this as the user whose it is, or as root",
+    errno.EPERM: "run this as the user whose it is, or as root",
+    errno.ENOENT: "make it, or correct the path",
+    errno.EISDIR: "give a file",
+    errno.ENOSPC: "make room there",
+    errno.EROFS: "the file system is read-only there",
+}
+
+
+def os_error(exc: OSError) -> str:
+    """What the system refused, and what to do."""
+    text = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
+    return f"{text}; {_NEXT[exc.errno]}" if exc.errno in _NEXT else text
+
+
 def console() -> Console:
     """Standard output; 80 columns where it is no terminal."""
     return Console(highlight=False)
@@ -39,6 +56,7 @@ def console() -> Console:
 _STATE_STYLES = {
     "ready": "green",
     "mounted": "green",
+    "waiting": "yellow",
     "connecting": "yellow",
     "stalled": "yellow",
     "replaying": "yellow",

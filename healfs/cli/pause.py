@@ -9,18 +9,19 @@ import click
 
 from healfs.cli import exit_status
 from healfs.cli.completion import MOUNTPOINT
-from healfs.cli.daemons import connected, find
+from healfs.cli.daemons import advice, connected, find
 from healfs.cli.output import CliError
 from healfs.cli.policy_options import DURATION
-from healfs.config import format_duration, one_line
+from healfs.config import counted, format_duration, one_line
 from healfs.control.client import CommandFailed, ControlError, connect
 from healfs.control.mounts import Mount
 
 _TIMEOUT = 5.0
+_LEAST = 0.5  # seconds for an answer, however short --timeout is
 _LOOK_SECONDS = 0.05
 
 
-@click.command()
+@click.command(short_help="Hold the requests, for maintenance of the backend.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option(
     "--timeout", type=DURATION, default="30s", help="How long to wait until all is flushed. [30s]"
@@ -40,7 +41,7 @@ def pause(mountpoint: str, timeout: float) -> None:
     state = now["pause"]
     if state is None:
         raise CliError(f"{mount.mountpoint}: resumed by somebody else meanwhile")
-    waits = _count(now["requests"]["parked"], "request waits", "requests wait")
+    waits = counted(now["requests"]["parked"], "request waits", "requests wait")
     if state["stage"] == "held" and not state["unflushed"]:
         away = f"; the backend is away ({now['reason']})" if state["away"] else ""
         click.echo(one_line(f"{mount.mountpoint}: paused; all is flushed, {waits}{away}"))
@@ -50,12 +51,16 @@ def pause(mountpoint: str, timeout: float) -> None:
 
 def _pause(mount: Mount, deadline: float) -> dict[str, Any]:
     """The status at its end, or when there is no point in waiting; a worker may die meanwhile."""
+
+    def patience() -> float:
+        return min(_TIMEOUT, max(_LEAST, deadline - time.monotonic()))
+
     while True:
         try:
-            with connect(mount.control, _TIMEOUT) as client:
-                client.execute("stop", timeout=_TIMEOUT)
+            with connect(mount.control, patience()) as client:
+                client.execute("stop", timeout=patience())
                 while True:
-                    now: dict[str, Any] = client.execute("healfs-query-status", timeout=_TIMEOUT)
+                    now: dict[str, Any] = client.execute("healfs-query-status", timeout=patience())
                     state = now["pause"]
                     held = state is None or state["stage"] == "held" or state["away"]
                     if held or time.monotonic() >= deadline:
@@ -65,7 +70,7 @@ def _pause(mount: Mount, deadline: float) -> dict[str, Any]:
             raise CliError(f"{mount.mountpoint}: {exc}") from None
         except ControlError as exc:
             if mount.is_dead() or time.monotonic() >= deadline:
-                raise CliError(f"{mount.mountpoint}: {exc}; see {mount.log}") from None
+                raise CliError(f"{mount.mountpoint}: {exc}; {advice(mount)}") from None
             time.sleep(_LOOK_SECONDS)
 
 
@@ -73,9 +78,9 @@ def _how_far(now: dict[str, Any], timeout: float) -> str:
     state, flying = now["pause"], now["requests"]["in_flight"]
     left = []
     if flying:
-        left.append(_count(flying, "request is in flight", "requests are in flight"))
+        left.append(counted(flying, "request is in flight", "requests are in flight"))
     if state["unflushed"]:
-        text = _count(state["unflushed"], "answered write is", "answered writes are")
+        text = counted(state["unflushed"], "answered write is", "answered writes are")
         left.append(f"{text} in the write log only")
     if state["away"]:
         what = f"paused, but the backend is away ({now['reason']})"
@@ -87,11 +92,7 @@ def _how_far(now: dict[str, Any], timeout: float) -> str:
     return ", ".join([what, *left])
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
-@click.command()
+@click.command(short_help="End a pause, the operator's or the policy's.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 def resume(mountpoint: str) -> None:
     """End the pause of the disk at MOUNTPOINT, the operator's or the policy's."""
@@ -110,6 +111,6 @@ def pause_words(state: dict[str, Any]) -> str:
     if (stage := state.get("stage")) != "held":
         return f"{who}; {stage}"
     if unflushed := state.get("unflushed"):
-        text = _count(unflushed, "answered write is", "answered writes are")
+        text = counted(unflushed, "answered write is", "answered writes are")
         return f"{who}; drained, {text} in the write log only"
     return f"{who}; drained and flushed"

@@ -8,7 +8,7 @@ import click
 
 from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
-from healfs.cli.output import console, table
+from healfs.cli.output import console, print_json, table
 from healfs.cli.policy_options import changes, policy_options
 from healfs.config import format_duration
 from healfs.core.policy import Policy
@@ -16,10 +16,11 @@ from healfs.core.policy import Policy
 _TIMEOUT = 5.0
 
 
-@click.command()
+@click.command(short_help="Show what is done on errors, or change it.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @policy_options
-def policy(mountpoint: str, **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
+def policy(mountpoint: str, as_json: bool, **options: Any) -> None:
     """Show the policy of the disk at MOUNTPOINT, or change what the options name.
 
     A change acts on the requests that wait already.
@@ -34,7 +35,10 @@ def policy(mountpoint: str, **options: Any) -> None:
                 Policy.from_dict(current).change(read, write)
             arguments = {k: v for k, v in (("read", read), ("write", write)) if v}
             current = client.execute("healfs-set-policy", arguments)
-    show(current)
+    if as_json:
+        print_json(current)
+    else:
+        show(current)
 
 
 def words(policy: dict[str, Any]) -> tuple[str, str, str, str]:

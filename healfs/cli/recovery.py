@@ -18,7 +18,7 @@ _TIMEOUT = 15.0
 _ACCEPT_SECONDS = 12.0  # a connection is made within ten seconds, or is not
 
 
-@click.command()
+@click.command(short_help="Give up a connection that hangs, and make a new one.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 def reconnect(mountpoint: str) -> None:
     """Give up the connection of the disk at MOUNTPOINT, which hangs, and make a new one.
@@ -33,7 +33,7 @@ def reconnect(mountpoint: str) -> None:
     _say(mount, f"the connection was given up; {now.get('state')}, {unsettled} unsettled")
 
 
-@click.command()
+@click.command(short_help="Go on with another disk that came back (state mismatch).")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--replay", is_flag=True, help="Write the write log to the disk that came back.")
 @click.option("--drop", is_flag=True, help="Throw away what the write log holds unflushed.")
@@ -50,12 +50,15 @@ def accept(mountpoint: str, replay: bool, drop: bool) -> None:
         client.execute("healfs-accept", {"replay": replay})
         now = _wait_accepted(client)
     if now.get("state") == "mismatch":
-        raise CliError(f"{mount.mountpoint}: not accepted: {now.get('reason')}")
+        raise CliError(
+            f"{mount.mountpoint}: not accepted: {now.get('reason')};"
+            " bring the right disk back, or one that is no smaller, and accept that"
+        )
     done = "the write log is written to it" if replay else "the write log was thrown away"
     _say(mount, f"accepted; {done}; {now.get('state')}")
 
 
-@click.command()
+@click.command(short_help="Answer all requests that wait with an error, now.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 def fail(mountpoint: str) -> None:
     """Answer all requests that wait in the disk at MOUNTPOINT with an error, now.

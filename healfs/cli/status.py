@@ -6,14 +6,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
-from rich.text import Text
 
 from healfs.cli.completion import MOUNTPOINT
-from healfs.cli.daemons import connected, find
-from healfs.cli.output import CliError, console, error_line, fields, print_json, state_text, table
+from healfs.cli.daemons import about_dead, about_silent, advice, connected, find
+from healfs.cli.output import (
+    CliError,
+    cell,
+    console,
+    error_line,
+    fields,
+    print_json,
+    state_text,
+    table,
+)
 from healfs.cli.pause import pause_words
 from healfs.cli.policy import sentence
-from healfs.config import format_duration, format_size
+from healfs.config import counted, format_duration, format_size
 from healfs.control import mounts
 from healfs.control.client import ControlError, connect
 from healfs.control.mounts import Mount
@@ -24,7 +32,7 @@ _MAXIMUM_THREADS = 64
 Status = dict[str, Any]
 
 
-@click.command()
+@click.command(short_help="Show the state of one disk, or of all.")
 @click.argument("mountpoint", type=MOUNTPOINT, required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
 def status(mountpoint: str | None, as_json: bool) -> None:
@@ -38,10 +46,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         return
     mount = find(mountpoint)
     if mount.is_dead():
-        raise CliError(
-            f"{mount.mountpoint}: the daemon is gone; see {mount.log}; "
-            f"healfs umount {mount.mountpoint} clears what it left"
-        )
+        raise CliError(f"{mount.mountpoint}: the daemon is gone; {advice(mount)}")
     with connected(mount, _TIMEOUT) as client:
         answer = client.execute("healfs-query-status")
     if as_json:
@@ -50,7 +55,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         _print_one(mount, answer)
 
 
-@click.command("list")
+@click.command("list", short_help="List the mounts of this user; asks no daemon.")
 @click.option("--json", "as_json", is_flag=True, help="For programs; the keys are stable.")
 def list_(as_json: bool) -> None:
     """List the mounts of this user. Asks no daemon."""
@@ -58,12 +63,13 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    result = table("MOUNTPOINT", "FILE", "SOURCE", "KEEPER", "VERSION", "STATE")
+    result = table("MOUNTPOINT", "SOURCE", "KEEPER", "VERSION", "STATE")
     for row in rows:
         result.add_row(
-            *(Text(str(row[key])) for key in ("mountpoint", "file", "source")),
+            cell(row["mountpoint"]),
+            cell(row["source"]),
             str(row["pids"]["keeper"]),
-            Text(row["version"]),
+            cell(row["version"]),
             state_text(row["state"]),
         )
     _print_table(result)
@@ -71,7 +77,7 @@ def list_(as_json: bool) -> None:
 
 
 def _restarts(count: int) -> str:
-    return f" (started again {count} times)" if count > 1 else " (started again)" * count
+    return f" (started again {counted(count, 'time')})" if count else ""
 
 
 def _record(mount: Mount) -> Status:
@@ -85,11 +91,17 @@ def _record(mount: Mount) -> Status:
         "log": mount.log,
         "pids": {"keeper": mount.keeper, "worker": mount.worker},
         "version": mount.version,
-        "state": "dead" if dead else "no worker" if mount.problem else "mounted",
+        "state": "dead" if dead else _alive(mount),
     }
     if mount.problem and not dead:
         record["reason"] = mount.problem
     return record
+
+
+def _alive(mount: Mount) -> str:
+    if not mount.mounted:
+        return "waiting"
+    return "no worker" if mount.problem else "mounted"
 
 
 def _ask_all(found: list[Mount]) -> list[Status]:
@@ -124,21 +136,30 @@ def _print_all(found: list[Status]) -> None:
         requests = one.get("requests") or {}
         seconds = one.get("state_seconds")
         result.add_row(
-            Text(str(one.get("mountpoint"))),
+            cell(one.get("mountpoint")),
             state_text(str(one.get("state", "?"))),
             "" if seconds is None else format_duration(float(seconds)),
             str(requests.get("in_flight", "")),
             str(requests.get("parked", "")),
-            Text(str(one.get("source", ""))),
+            cell(one.get("source", "")),
         )
     _print_table(result)
     _print_problems(found)
 
 
 def _print_problems(found: list[Status]) -> None:
+    """What to do about each that serves nobody."""
     for one in found:
-        if one.get("state") == "no worker":
-            error_line(f"{one['mountpoint']}: {one['reason']}; see {one['log']}")
+        match one.get("state"):
+            case "dead":
+                text = f"the daemon is gone; {about_dead(one['mountpoint'], one['log'])}"
+            case "no answer":
+                text = f"{one['reason']}; {about_silent(one['log'])}"
+            case "no worker" | "waiting":
+                text = f"{one['reason']}; see {one['log']}"
+            case _:
+                continue
+        error_line(f"{one['mountpoint']}: {text}")
 
 
 def _print_one(mount: Mount, one: Status) -> None:
@@ -186,18 +207,36 @@ def _configuration(configuration: dict[str, Any]) -> list[str]:
     """What is not the default, and where it came from."""
     words = {"option": "command line", "file": configuration.get("file")}
     return [
-        f"{name.replace('_', '-')} = {_value(value.get('value'))} ({words.get(origin, origin)})"
+        f"{name.replace('_', '-')} = {_value(name, value.get('value'))}"
+        f" ({words.get(origin, origin)})"
         for name, value in (configuration.get("values") or {}).items()
         if (origin := value.get("from")) != "default"
     ]
 
 
-def _value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _value(name: str, value: object) -> str:
+    """As `healfs mount` would be given it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        if name in ("slow_after", "settle") or name.endswith(("_interval", "_timeout")):
+            return format_duration(float(value))
+        if name in ("create", "size", "log_size"):
+            return format_size(int(value))
+    return str(value)
 
 
 def _limit(name: str, value: Any) -> str:
     used, limit = (value.get("used"), value.get("limit")) if isinstance(value, dict) else (0, value)
+    if not isinstance(limit, int | float):
+        limit, used = "?", None
+    elif name.endswith("_seconds"):
+        name, limit = name.removesuffix("_seconds"), format_duration(float(limit))
+    elif name.endswith("_bytes"):
+        name, limit = name.removesuffix("_bytes"), format_size(int(limit))
+        used = None if used is None else format_size(int(used))
     words = name.replace("_", " ")
     return f"{words}: {limit}" if used is None else f"{words}: {used} of {limit}"
 
@@ -229,10 +268,12 @@ def _load_rows(one: Status) -> list[tuple[str, object]]:
     totals = one.get("totals") or {}
     for kind, total in totals.items():
         if isinstance(total, dict) and total.get("requests"):
-            text = f"{total['requests']} requests"
+            text = counted(total["requests"], "request")
             if total.get("bytes"):
                 text += f", {format_size(int(total['bytes']))}"
-            rows.append((kind.replace("_", " "), f"{text}, {total.get('errors', 0)} errors"))
+            rows.append(
+                (kind.replace("_", " "), f"{text}, {counted(total.get('errors', 0), 'error')}")
+            )
     counters = {key: n for key, n in totals.items() if not isinstance(n, dict) and n}
     if counters:
         rows.append(("totals", _counts(counters)))

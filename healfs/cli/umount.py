@@ -23,7 +23,7 @@ _END_SECONDS = 10.0
 _SHOWN = 8  # ranges; the log has all
 
 
-@click.command()
+@click.command(short_help="Unmount the disk and end its daemon.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @click.option("--force", is_flag=True, help="Answer what waits with an error, and say what.")
 def umount(mountpoint: str, force: bool) -> None:
@@ -39,6 +39,9 @@ def umount(mountpoint: str, force: bool) -> None:
     if force:
         _force(mount)
         return
+    if not mount.mounted:
+        _end_waiting(mount)
+        return
     with (
         connected(mount, _COMMAND_SECONDS) as client,
         Processes(mount.pids()) as processes,
@@ -46,6 +49,17 @@ def umount(mountpoint: str, force: bool) -> None:
         client.execute("healfs-umount", {"force": False})
         if not processes.wait(_END_SECONDS):
             raise ControlError("unmounted, but the daemon does not end")
+
+
+def _end_waiting(mount: Mount) -> None:
+    """Nothing is mounted yet, so nothing is given up."""
+    with Processes(mount.pids()) as processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(mount.keeper, signal.SIGTERM)
+        if not processes.wait(_END_SECONDS):
+            raise CliError(
+                f"{mount.mountpoint}: the daemon does not end; healfs umount --force kills it"
+            )
 
 
 def _force(mount: Mount) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 import healfs
-from healfs.cli.daemons import find
+from healfs.cli.completion import MOUNTPOINT
+from healfs.cli.daemons import advice, find
 from healfs.cli.output import CliError
 from healfs.config import one_line
 from healfs.control.mounts import Mount
@@ -20,8 +21,8 @@ _SECONDS = 60.0  # for the keeper's answer; its own limits are far below
 _ANSWER_BYTES = 1 << 16
 
 
-@click.command()
-@click.argument("mountpoint")
+@click.command(short_help="Let this version of healfs take over, without an unmount.")
+@click.argument("mountpoint", type=MOUNTPOINT)
 def upgrade(mountpoint: str) -> None:
     """Let this version of healfs take over the disk at MOUNTPOINT, without an unmount.
 
@@ -60,14 +61,20 @@ def _ask(mount: Mount, version: dict[str, Any]) -> dict[str, Any]:
                 request = json.dumps({"upgrade": version}).encode()
                 socket.send_fds(door, [request], [theirs.fileno()])
             except OSError:
-                raise CliError(
-                    f"{mount.mountpoint}: the daemon is gone; see {mount.log}; "
-                    f"healfs umount {mount.mountpoint} clears what it left"
-                ) from None
+                if mount.is_dead():
+                    text = f"the daemon is gone; {advice(mount)}"
+                else:
+                    text = (
+                        "the keeper is gone, and only it can start another version;"
+                        f" healfs umount {mount.mountpoint}, then mount again"
+                    )
+                raise CliError(f"{mount.mountpoint}: {text}") from None
         try:
             packet = ours.recv(_ANSWER_BYTES)
         except OSError:
-            raise CliError(f"{mount.mountpoint}: the keeper does not answer") from None
+            raise CliError(
+                f"{mount.mountpoint}: the keeper does not answer; {advice(mount)}"
+            ) from None
     if not packet:
         raise CliError(f"{mount.mountpoint}: the mount was ended; see {mount.log}")
     answer: dict[str, Any] = json.loads(packet)

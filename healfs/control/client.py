@@ -11,6 +11,7 @@ from typing import Any
 from healfs.control import qmp
 
 _MAXIMUM_REPLY = 16 << 20
+_AGAIN = 0.01  # seconds until another try, where many connect
 
 
 class ControlError(Exception):
@@ -35,24 +36,31 @@ class Client:
         self._events: deque[dict[str, Any]] = deque()
         self._socket = socket.socket(socket.AF_UNIX)
         try:
-            self._connect(path, deadline)
+            while not self._connect(path, deadline):
+                time.sleep(_AGAIN)
             greeting = self._message(deadline)
+            if isinstance(error := greeting.get("error"), dict):
+                raise CommandFailed(str(error.get("desc")))  # refused: it lives
             if "QMP" not in greeting:
-                raise ControlError(greeting.get("error", {}).get("desc", "speaks no QMP"))
+                raise ControlError("the daemon speaks no QMP")
             self.version: str = str(greeting["QMP"].get("version", {}).get("package", ""))
             self.execute("qmp_capabilities")
         except BaseException:
             self._socket.close()
             raise
 
-    def _connect(self, path: str, deadline: float) -> None:
+    def _connect(self, path: str, deadline: float) -> bool:
+        """False: the backlog is full for now (EAGAIN, unix(7))."""
         self._socket.settimeout(max(0.001, deadline - time.monotonic()))
         try:
             self._socket.connect(path)
+            return True
         except TimeoutError:
             raise ControlError("the daemon does not answer") from None
-        except BlockingIOError:  # EAGAIN, unix(7): the backlog is full
-            raise ControlError("the daemon does not answer (its backlog is full)") from None
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ControlError("the daemon does not answer (its backlog is full)") from None
+            return False
         except (FileNotFoundError, ConnectionRefusedError):
             raise ControlError("the daemon is gone") from None
         except OSError as exc:
@@ -129,7 +137,7 @@ class Client:
             except OSError:
                 data = b""
             if not data:
-                raise ControlError("the daemon closed the connection")
+                raise _Closed("the daemon closed the connection")
             self._input += data
         line = bytes(self._input[:end])
         del self._input[: end + 1]
@@ -142,6 +150,18 @@ class Client:
         return value
 
 
+class _Closed(ControlError):
+    """The daemon has closed the connection."""
+
+
 def connect(path: str, timeout: float = 5.0) -> Client:
     """Connect and negotiate within `timeout` seconds. Raises ControlError."""
-    return Client(path, timeout)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return Client(path, max(0.001, deadline - time.monotonic()))
+        except _Closed:
+            # Where very many connect, one that has not negotiated yet makes room for the next.
+            if time.monotonic() + _AGAIN >= deadline:
+                raise
+            time.sleep(_AGAIN)

@@ -24,6 +24,7 @@ from healfs.control import unflushed
 from healfs.events import History
 
 MAXIMUM_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
+_ROOTS = Path("/run/healfs")
 HISTORIES = 100  # of mountpoints that are mounted no more
 _MAXIMUM_RECORD = 65536
 
@@ -47,7 +48,7 @@ def _runtime_path() -> Path:
     if override := os.environ.get("HEALFS_RUNTIME_DIR"):
         return Path(override).absolute()
     if os.geteuid() == 0:
-        return Path("/run/healfs")
+        return _ROOTS
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime) / "healfs"
     return Path(tempfile.gettempdir()) / f"healfs-{os.geteuid()}"
@@ -129,11 +130,17 @@ class Mount:
     directory: str
     version: str = ""  # of the worker that serves, or did last
     problem: str = ""  # why none serves, in one line
+    mounted: bool = True  # False: `healfs mount` waits for the backend still
 
     @property
     def door(self) -> str:
         """The keeper's own socket; see daemon/upgrading.py."""
         return os.path.join(self.directory, "keeper")
+
+    @property
+    def history(self) -> Path:
+        """See events_path."""
+        return Path(self.directory).parent / "events" / f"{_words(self.mountpoint)}.jsonl"
 
     @property
     def control(self) -> str:
@@ -165,16 +172,25 @@ class Claim:
     def __init__(self, directory: Path, fd: int) -> None:
         self.directory = directory
         self.fd = fd
+        self._shared = False
 
-    def listen(self) -> socket.socket:
-        """The control socket, mode 0600, listening. Raises OSError."""
+    def listen(self, *, shared: bool = False) -> socket.socket:
+        """The control socket, mode 0600, listening. Raises OSError.
+
+        `shared`: anybody finds it who knows the mountpoint; the server decides by the peer's uid.
+        """
+        self._shared = shared
+        if shared:
+            for way in self.directory.parent, self.directory:
+                way.chmod(0o711)
+        mode = 0o666 if shared else 0o600
         path = self.directory / "control"
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        os.fchmod(listener.fileno(), 0o600)  # before bind: there is no moment of another mode
+        os.fchmod(listener.fileno(), mode)  # before bind: there is no moment of another mode
         listener.bind(str(path))
-        path.chmod(0o600)
-        listener.listen(64)
+        path.chmod(mode)
+        listener.listen(1024)  # more than anybody opens by accident
         return listener
 
     def open_door(self) -> socket.socket:
@@ -198,12 +214,25 @@ class Claim:
         log: str,
         version: str = "",
         problem: str = "",
+        mounted: bool = True,
     ) -> Mount:
         """Write mount.json, whole or not at all. Raises OSError."""
-        directory = str(self.directory)
-        mount = Mount(mountpoint, file, source, keeper, worker, log, directory, version, problem)
+        mount = Mount(
+            mountpoint=mountpoint,
+            file=file,
+            source=source,
+            keeper=keeper,
+            worker=worker,
+            log=log,
+            directory=str(self.directory),
+            version=version,
+            problem=problem,
+            mounted=mounted,
+        )
         temporary = self.directory / "mount.json.new"
         temporary.write_text(json.dumps(_as_record(mount)))
+        if self._shared:
+            temporary.chmod(0o644)
         temporary.replace(self.directory / "mount.json")
         return mount
 
@@ -281,6 +310,7 @@ def _read(directory: str) -> Mount | None:
             directory=directory,
             version=str(values.get("version", "")),
             problem=str(values.get("problem", "")),
+            mounted=bool(values.get("mounted", True)),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -293,22 +323,32 @@ def list_mounts() -> list[Mount]:
         if root.lstat().st_uid not in (0, os.geteuid()):
             raise MountsError(f"{root}: not yours; set XDG_RUNTIME_DIR")
         names = os.listdir(root)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # another's, who allows us some mount of his
         return []
     except OSError as exc:
-        raise MountsError(f"{root}: {exc.strerror}") from None
+        raise MountsError(f"{root}: {exc.strerror}; set XDG_RUNTIME_DIR") from None
     found = [_read(os.path.join(root, name)) for name in names]
     return sorted((m for m in found if m is not None), key=lambda mount: mount.mountpoint)
 
 
+def _of_another(mountpoint: str) -> Mount | None:
+    """A mount of root's, or in a directory that cannot be listed, whose owner allows others."""
+    found = (_read(str(root / _hash(mountpoint))) for root in (_runtime_path(), _ROOTS))
+    return next((mount for mount in found if mount is not None), None)
+
+
 def find(path: str | os.PathLike[str]) -> Mount:
     """The mount with this mountpoint or disk file. Raises MountsError."""
+    if not os.fspath(path):
+        raise MountsError("MOUNTPOINT is empty; healfs list shows which there are")
     mounts = list_mounts()
     plain = os.path.abspath(path)
     parent, name = os.path.split(plain)
 
     def match(candidate: str) -> Mount | None:
-        return next((m for m in mounts if candidate in (m.mountpoint, m.file)), None)
+        others = (_of_another(place) for place in (candidate, os.path.dirname(candidate)))
+        known = (*mounts, *(mount for mount in others if mount is not None))
+        return next((m for m in known if candidate in (m.mountpoint, m.file)), None)
 
     # In this order: each line looks only at directories above what the line before has ruled out.
     found = match(plain) or match(os.path.join(canonical(parent), name)) or match(canonical(plain))

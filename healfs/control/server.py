@@ -1,14 +1,15 @@
-"""The control socket: QMP over a Unix socket, for the owner of the mount and root."""
+"""The control socket: QMP over a Unix socket, for the owner of the mount and whom it allows."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from healfs.control import qmp
 
 log = logging.getLogger(__name__)
 
+SAID_EVERY = 1.0  # seconds: refusals and drops in the log
 _READ_SIZE = 4096  # small, so that one client's flood yields to the disk's work often
 
 
@@ -36,6 +38,10 @@ class Peer:
 
     uid: int
     pid: int
+
+    def as_dict(self) -> dict[str, object]:
+        """As events say it."""
+        return {"uid": self.uid, "pid": self.pid}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +95,12 @@ _JSON_TYPES = {
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Of the server: connections; of each connection: messages waiting to be sent, and the
-    seconds that a client may take to read what was sent to it."""
+    seconds that a client may take to negotiate, and to read what was sent to it."""
 
     connections: int = 32
     output_messages: int = 256
     send_seconds: float = 30.0
+    negotiation_seconds: float = 5.0
 
 
 class _Connection:
@@ -104,8 +111,20 @@ class _Connection:
         self._stream = stream
         self._peer = peer
         self._queue, self._unsent = trio.open_memory_channel[bytes](server.limits.output_messages)
-        self._scope = trio.CancelScope()
+        self._scope = trio.CancelScope(
+            deadline=trio.current_time() + server.limits.negotiation_seconds
+        )
+        self._command_under_way = False
         self.negotiated = False
+        self.since = trio.current_time()  # idle, when no command is under way
+
+    @property
+    def droppable(self) -> bool:
+        return not self._command_under_way
+
+    def drop(self, why: str) -> None:
+        self._server.say(f"pid {self._peer.pid} of uid {self._peer.uid} dropped: {why}")
+        self._scope.cancel()
 
     async def run(self) -> None:
         with self._scope:
@@ -114,14 +133,15 @@ class _Connection:
                 await self._reply(qmp.greeting(self._server.version))
                 await self._read()
                 await self._queue.aclose()  # the writer ends when it has sent the rest
+        if self._scope.deadline <= trio.current_time():
+            self._server.say(f"pid {self._peer.pid} of uid {self._peer.uid} never negotiated")
 
     def push(self, line: bytes) -> None:
         """Queue an event."""
         try:
             self._queue.send_nowait(line)
         except trio.WouldBlock:
-            log.warning("control: pid %d does not read, dropped", self._peer.pid)
-            self._scope.cancel()
+            self.drop("it does not read")
         except trio.ClosedResourceError:
             pass
 
@@ -182,8 +202,13 @@ class _Connection:
                 f"The command {command.name[:100]} has not been found", "CommandNotFound"
             )
         verb.check(command.arguments)
-        value = verb.handler(command.arguments, self._peer)
-        return await value if inspect.isawaitable(value) else value
+        self._command_under_way = True
+        try:
+            value = verb.handler(command.arguments, self._peer)
+            return await value if inspect.isawaitable(value) else value
+        finally:
+            self._command_under_way = False
+            self.since = trio.current_time()
 
     def _negotiate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         if self.negotiated:
@@ -194,6 +219,8 @@ class _Connection:
         if arguments.get("enable"):
             raise CommandError("Capability not available: none is offered")
         self.negotiated = True
+        self.since = trio.current_time()
+        self._scope.deadline = math.inf
         return {}
 
 
@@ -205,7 +232,7 @@ class ControlServer:
 
     A handler returns what JSON can say, or an awaitable of it; the commands of one connection
     run one after the other, those of different connections side by side. `owner` is the uid
-    that may connect beside root.
+    that may connect beside root, and so may the uids `allowed`.
     """
 
     def __init__(
@@ -214,12 +241,14 @@ class ControlServer:
         *,
         version: str,
         owner: int | None = None,
+        allowed: Iterable[int] = (),
         limits: Limits | None = None,
     ) -> None:
         self.version = version
         self.limits = limits or Limits()
-        self._allowed = {0, os.geteuid() if owner is None else owner}
+        self._allowed = {0, os.geteuid() if owner is None else owner, *allowed}
         self._connections: set[_Connection] = set()
+        self._said_at, self._unsaid = -math.inf, 0
         self.commands: dict[str, Verb] = {
             **commands,
             "query-commands": Verb(lambda arguments, peer: self._names()),
@@ -271,16 +300,38 @@ class ControlServer:
         finally:
             self._connections.discard(connection)
 
+    def _has_room(self) -> bool:
+        """When there is none, who has not negotiated makes room, else who is idle longest."""
+        if len(self._connections) < self.limits.connections:
+            return True
+        idle = [connection for connection in self._connections if connection.droppable]
+        if not idle:
+            return False
+        last = min(idle, key=lambda connection: (connection.negotiated, connection.since))
+        last.drop("idle, and another one came")
+        self._connections.discard(last)
+        return True
+
+    def say(self, text: str) -> None:
+        """To the log, but rarely: a client may do a thousand times what is told here."""
+        if (now := time.monotonic()) < self._said_at + SAID_EVERY:
+            self._unsaid += 1
+            return
+        more = f" ({self._unsaid} others were not told)" if self._unsaid else ""
+        self._said_at, self._unsaid = now, 0
+        log.warning("control: %s%s", text, more)
+
     def _admit(self, client: trio.socket.SocketType) -> Peer | None:
         raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
         pid, uid, _ = struct.unpack("iII", raw)
         if uid not in self._allowed:
-            refusal = "only root and the owner of the mount may connect"
-        elif len(self._connections) >= self.limits.connections:
-            refusal = f"too many connections: the limit is {self.limits.connections}"
+            refusal = f"uid {uid} may not: only root, the owner, and whom mount --allow-uid names"
+        elif not self._has_room():
+            limit = self.limits.connections
+            refusal = f"all {limit} connections have a command under way; try again"
         else:
             return Peer(uid, pid)
-        log.warning("control: pid %d of uid %d refused: %s", pid, uid, refusal)
+        self.say(f"pid {pid} of uid {uid} refused: {refusal}")
         try:
             # Non-blocking; a new socket's buffer has room for a line.
             os.write(client.fileno(), qmp.encode(qmp.failure(refusal)))

@@ -3,7 +3,7 @@
 The log itself is memory that goes with its processes. The worker counts in this account what is in
 the log, and what waits to be answered, so that it is never too small.
 
-Standard library only: the keeper uses it.
+Standard library only, but for healfs.config: the keeper uses it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import contextlib
 import mmap
 import os
 import struct
+
+from healfs.config import counted
 
 NAME = "unflushed"
 _ACCOUNT = struct.Struct("<qq")  # requests, bytes
@@ -60,4 +62,6 @@ def loss(directory: str) -> str:
         return "the backend cannot flush: what was written last may be lost"
     if not requests:
         return "nothing is lost: all that was answered was flushed"
-    return f"at most {requests} requests ({size} bytes) that were answered and not flushed are lost"
+    one = f"request ({size} bytes) that was answered and not flushed is lost"
+    many = f"requests ({size} bytes) that were answered and not flushed are lost"
+    return f"at most {counted(requests, one, many)}"

@@ -43,7 +43,7 @@ LOOK_EACH, LARGE = 32, 65536  # writes, bytes: how often it is seen whether the 
 LARGEST_BLOCK = 65536  # bytes: the largest minimum block there is (NBD)
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
-READY = State.READY
+READY, FAULTED = State.READY, State.FAULTED
 IN_FLIGHT, PARKED, WAITING, DONE = Phase.IN_FLIGHT, Phase.PARKED, Phase.WAITING, Phase.DONE
 
 
@@ -130,6 +130,7 @@ class Engine:
         self._pinned: list[Slot] = []  # payloads of attempts on the connection that was lost
         self._accept = ""  # the mismatch that the operator accepts, for one try
         self._drop = False  # and the log is not for that disk
+        self._acceptor: Mapping[str, object] = {}
         self._recovered: dict[int, Request] = {}  # an earlier worker's, by tag
 
         self.link_up = False
@@ -137,6 +138,7 @@ class Engine:
         self._mismatch = ""
         self.paused_by = ""  # "operator" or "policy" while paused
         self._paused_errno = 0
+        self._pause_reason = ""
         self._told: dict[tuple[str, int, Action], float] = {}
         self._draining = False
         self._last_answer = 0.0
@@ -320,6 +322,8 @@ class Engine:
     def completed(self, request: Request, errno: int, data: object = None) -> None:
         """The backend's answer to a request that was sent on this connection."""
         try:
+            if self.state is FAULTED:
+                return  # what it means to others is not certain any more
             queues = self._queues
             if queues.in_flight.pop(request.order, None) is not request:
                 raise RuntimeError(f"a second completion of {request}")
@@ -600,7 +604,10 @@ class Engine:
             self._fault("pause")
 
     def _pause_disk(self, by: str, reason: str, who: Mapping[str, object] | None = None) -> None:
+        away = self.reason if self._outage.since is not None else ""
         self._move(State.PAUSED, reason)
+        self._pause_reason = reason
+        self.reason = away or reason  # `pause` says by whom; why the backend is away, nothing else
         self.paused_by = by
         self._stop_replay()
         self._save()
@@ -684,6 +691,10 @@ class Engine:
             if mismatch and not accepted:
                 self._connected_to_another(mismatch)
                 return
+            if accepted:
+                writes = len(self.log.unflushed())
+                done = {"log": "dropped" if self._drop else "replayed", "unflushed": writes}
+                self.effects.event("HEALFS_ACCEPTED", {**self._acceptor, **done})
             if accepted and self._drop:
                 self.log.lost()
                 self._replay = Replay()
@@ -703,6 +714,8 @@ class Engine:
             self._save()
             if self.state is not State.PAUSED:
                 self._go_on(now)
+            else:
+                self.reason = self._pause_reason  # no more why the backend is away
         except Exception:
             self._fault("connected")
 
@@ -721,9 +734,13 @@ class Engine:
             self._end_outage(now)
         self._send_parked()
 
-    def accept(self, *, replay: bool) -> None:
-        """The operator accepts the other disk: write the log to it, or throw the log away."""
+    def accept(self, *, replay: bool, who: Mapping[str, object] | None = None) -> None:
+        """The operator accepts the other disk: write the log to it, or throw the log away.
+
+        `who` asks for it, as the event HEALFS_ACCEPTED says it.
+        """
         try:
+            self._acceptor = who or {}
             self._drop = not replay
             self._accept = self._mismatch  # this one, and no third one
             self._connect_now()
@@ -1045,6 +1062,7 @@ class Engine:
         if self.paused_by:
             self.state = State.PAUSED
             self.since = saved.get("paused_since", now)
+            self._pause_reason = saved.get("pause_reason", "stop")
 
     def hold(self) -> None:
         """Send nothing more, but for a flush that is waited for: a successor goes on."""
@@ -1093,6 +1111,7 @@ class Engine:
                 "paused_by": self.paused_by,
                 "paused_since": self.since,
                 "paused_errno": self._paused_errno,
+                "pause_reason": self._pause_reason,
                 "size": self.size,
                 "align": self.align,
                 "outage": self._outage.save(),
@@ -1268,6 +1287,11 @@ class Engine:
     def latched(self) -> bool:
         """Some answered bytes are in the log only, and no flush succeeds."""
         return self._replay.latched
+
+    @property
+    def outage_seconds(self) -> float:
+        """How long the outage has lasted that there is now; 0: there is none."""
+        return self._outage.age(self.clock()) if self._outage.count else 0.0
 
     @property
     def longest_in_flight(self) -> float:

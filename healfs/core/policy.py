@@ -78,10 +78,9 @@ class Policy:
     write: DirectionPolicy = field(default_factory=DirectionPolicy)
 
     def __post_init__(self) -> None:
-        if Action.ENOSPC in (self.read.error, self.read.then):
-            raise PolicyError(
-                "rerror: enospc is for writes only; use report, ignore, stop or retry"
-            )
+        for name, action in (("rerror", self.read.error), ("read-then", self.read.then)):
+            if action is Action.ENOSPC:
+                raise PolicyError(f"{name}: enospc is for writes only; use report, ignore or stop")
 
     def of(self, kind: Kind) -> DirectionPolicy:
         return self.read if kind is Kind.READ else self.write

@@ -15,6 +15,7 @@ from typing import Any
 
 PROTOCOL = 1  # of the messages between keeper and worker, which may be of different versions
 HANDED_OVER = 3  # the exit status of a worker that has made room for a new version
+FAULTED = 4  # of one that has ended itself upon an internal error
 PACKET = 1 << 16
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -109,4 +110,6 @@ class Child:
 
 
 def how(status: int) -> str:
+    if status == FAULTED:
+        return "by an internal error"
     return f"with signal {-status}" if status < 0 else f"with status {status}"

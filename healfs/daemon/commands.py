@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from healfs import __version__
 from healfs.backends.base import Geometry
+from healfs.config import counted
 from healfs.control.server import Argument, CommandError, Peer, Verb
 from healfs.core.policy import Action, Policy, PolicyError
 from healfs.core.states import State
@@ -34,21 +35,21 @@ def verbs(worker: Worker) -> dict[str, Verb]:
             lambda arguments, peer: set_policy(worker, arguments, peer),
             {"read": Argument(dict, optional=True), "write": Argument(dict, optional=True)},
         ),
-        "healfs-reconnect": Verb(lambda arguments, peer: reconnect(worker)),
+        "healfs-reconnect": Verb(lambda arguments, peer: reconnect(worker, peer)),
         "healfs-accept": Verb(
-            lambda arguments, peer: accept(worker, bool(arguments["replay"])),
+            lambda arguments, peer: accept(worker, bool(arguments["replay"]), peer),
             {"replay": Argument(bool)},
         ),
         "healfs-fail": Verb(lambda arguments, peer: fail(worker, peer)),
         "healfs-umount": Verb(
-            lambda arguments, peer: umount(worker, bool(arguments.get("force", False))),
+            lambda arguments, peer: umount(worker, bool(arguments.get("force", False)), peer),
             {"force": Argument(bool, optional=True)},
         ),
     }
 
 
 def status(worker: Worker) -> dict[str, Any]:
-    """The object that `healfs status --json` prints (healfs(1), "Status")."""
+    """The object that `healfs status --json` prints (healfs-status(1), "Status")."""
     engine = worker.engine.status()
     seconds = engine["state_seconds"]
     assert isinstance(seconds, float)
@@ -67,12 +68,16 @@ def status(worker: Worker) -> dict[str, Any]:
             "used": worker.control.connected,
             "limit": worker.control.limits.connections,
         },
+        "control_negotiation_seconds": {"limit": worker.control.limits.negotiation_seconds},
         "events": {"limit": KEPT},
     }
     geometry = worker.geometry
     notes = [*(geometry.notes if geometry else ()), *worker.notes]
     if unknown := worker.callers.unknown(worker.channel.held):
-        notes.append(f"{unknown} waiting requests are of processes that cannot be named")
+        requests = counted(
+            unknown, "waiting request is of a process", "waiting requests are of processes"
+        )
+        notes.append(f"{requests} that cannot be named")
     if worker.unlocked:
         notes.append(worker.unlocked)
     if gone := worker.parent.gone.is_set():
@@ -113,7 +118,7 @@ def summary(worker: Worker) -> str:
     since = datetime.fromtimestamp(time.time() - seconds).isoformat(" ", "seconds")
     why = f" ({engine['reason']})" if engine["reason"] else ""
     waiting = requests["parked"] + requests["in_flight"]
-    return f"{state} since {since}: {waiting} requests wait{why}"
+    return f"{state} since {since}: {counted(waiting, 'request waits', 'requests wait')}{why}"
 
 
 def abilities(geometry: Geometry | None) -> dict[str, bool] | None:
@@ -211,13 +216,13 @@ def stop(worker: Worker, peer: Peer) -> dict[str, Any]:
     """Answers at once, in an outage too; the event HEALFS_DRAINED tells of drain and flush."""
     if worker.engine.state is State.FAULTED:
         raise CommandError("the disk is faulted by an internal error; see the log")
-    worker.engine.pause({"uid": peer.uid, "pid": peer.pid})
+    worker.engine.pause(peer.as_dict())
     worker.commit()
     return {}
 
 
 def cont(worker: Worker, peer: Peer) -> dict[str, Any]:
-    worker.engine.resume({"uid": peer.uid, "pid": peer.pid})
+    worker.engine.resume(peer.as_dict())
     worker.commit()
     return {}
 
@@ -232,7 +237,7 @@ def set_policy(worker: Worker, arguments: dict[str, Any], peer: Peer) -> dict[st
     if new != old:
         worker.event(
             "HEALFS_POLICY_CHANGED",
-            {"uid": peer.uid, "pid": peer.pid, "from": old.as_dict(), "to": new.as_dict()},
+            {**peer.as_dict(), "from": old.as_dict(), "to": new.as_dict()},
         )
     worker.engine.set_policy(new)
     worker.commit()
@@ -257,22 +262,28 @@ def _fields(given: dict[str, Any] | None) -> dict[str, object]:
     return fields
 
 
-def reconnect(worker: Worker) -> dict[str, Any]:
+def reconnect(worker: Worker, peer: Peer) -> dict[str, Any]:
     """Give up a connection that hangs; its attempts are unsettled then."""
-    if worker.engine.state in (State.FAULTED, State.MISMATCH):
-        raise CommandError(f"the disk is {worker.engine.state}: {worker.engine.reason}")
+    if worker.engine.state is State.MISMATCH:
+        raise CommandError(
+            f"another disk came back ({worker.engine.reason}); healfs accept goes on with it,"
+            " and the right one is taken when it is back"
+        )
+    if worker.engine.state is State.FAULTED:
+        raise CommandError(f"the disk is faulted: {worker.engine.reason}")
+    worker.event("HEALFS_RECONNECT", peer.as_dict())
     worker.engine.reconnect()
     worker.commit()
     return {}
 
 
-def accept(worker: Worker, replay: bool) -> dict[str, Any]:
+def accept(worker: Worker, replay: bool, peer: Peer) -> dict[str, Any]:
     """Go on with the disk that came back: write the log to it, or throw the log away."""
     if worker.engine.state is not State.MISMATCH:
         raise CommandError(
             f"there is nothing to accept: the disk is {worker.engine.state}, not in mismatch"
         )
-    worker.engine.accept(replay=replay)
+    worker.engine.accept(replay=replay, who=peer.as_dict())
     worker.commit()
     return {}
 
@@ -282,13 +293,13 @@ def fail(worker: Worker, peer: Peer) -> dict[str, Any]:
     failed = worker.engine.fail_all()
     worker.commit()
     if failed:
-        worker.event("HEALFS_FAILED", {"uid": peer.uid, "pid": peer.pid, "requests": failed})
+        worker.event("HEALFS_FAILED", {**peer.as_dict(), "requests": failed})
     return {"failed": sum(kind["requests"] for kind in failed.values())}
 
 
-async def umount(worker: Worker, force: bool) -> dict[str, Any]:
+async def umount(worker: Worker, force: bool, peer: Peer) -> dict[str, Any]:
     try:
-        given_up = await worker.unmounting.umount(force=force)
+        given_up = await worker.unmounting.umount(force=force, who=peer.as_dict())
     except (UnmountError, OSError) as exc:
         raise CommandError(str(exc)) from None
     worker.unmounting.end_soon()
@@ -302,7 +313,7 @@ def busy_text(mountpoint: str, error: OSError) -> str:
     users = _users_of(mountpoint)
     shown = ", ".join(users[:BUSY_SHOWN]) or "a process that cannot be seen"
     more = f" and {len(users) - BUSY_SHOWN} more" if len(users) > BUSY_SHOWN else ""
-    return f"{mountpoint}: in use by {shown}{more}; end them first, or use --force"
+    return f"in use by {shown}{more}; end them first, or use --force"
 
 
 def _users_of(mountpoint: str) -> list[str]:

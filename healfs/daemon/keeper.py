@@ -10,7 +10,8 @@ keeper.
 Messages on the socket to a worker are JSON objects, one a packet. From the worker:
 {"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "serving", "version": text},
 {"do": "init", "request": hex, "reply": hex, "resend": bool}, {"do": "alive"}, {"do": "ready"},
-{"do": "beat", "status": text}, {"do": "event", "event": name, "data": object, "time": seconds};
+{"do": "beat", "status": text}, {"do": "event", "event": name, "data": object, "time": seconds},
+{"do": "unmounted", "data": object};
 the first three get a reply, {"ok": true} (a mount's with the descriptor) or {"error": text,
 "errno": n}. To the worker: a greeting, then {"event": "terminate"}. What an upgrade adds: see
 daemon/upgrading.py.
@@ -30,6 +31,7 @@ import time
 from typing import Any
 
 from healfs.control import mounts, unflushed
+from healfs.daemon import lines
 from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program, how, readable
 from healfs.daemon.heartbeat import Heartbeat
 from healfs.daemon.sd_notify import SdNotify
@@ -41,6 +43,7 @@ STOP_SECONDS = 5.0  # an orderly end takes at most this long
 PR_SET_IO_FLUSHER = 57
 OOM_SCORE = -900
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # before a worker that died at once is started again
+UNANSWERED, SOON = "before anything was answered", "soon after its start"
 INTERRUPTED = 130  # exit status: ended before there was a mount
 LOOK_SECONDS = 5.0  # between two looks at the worker: was it killed, and cannot end?
 
@@ -62,7 +65,7 @@ class Keeper:
         self.start_at = 0.0  # of the next worker, while there is none
         self.problem = ""  # why no worker serves, for the operator
         self.restarts = 0
-        self.futile = 0  # workers that died, one after the other, and had answered nothing
+        self.futile = 0  # workers that died, one after the other: see _plan_restart
         self.pause = 0.0
         self.alive = False  # the worker has answered something since its start
         self.died: float | None = None  # when the last one did that served
@@ -75,6 +78,7 @@ class Keeper:
         self.heartbeat = Heartbeat(self.systemd)
         self.upgrading = Upgrading(self)
         self.end = ""  # why the mount ended, when nobody asked for it
+        self.unmounted: dict[str, Any] = {}  # what the worker says of the end
 
     def run(self) -> int:
         """The exit status: 0 after an orderly unmount, 2 for bad input, else 1."""
@@ -86,14 +90,16 @@ class Keeper:
         try:
             try:
                 self._open_log()
-                self.listener, self.door = self.claim.listen(), self.claim.open_door()
+                self.listener = self.claim.listen(shared=bool(self.config.get("allow_uid")))
+                self.door = self.claim.open_door()
             except OSError as exc:
                 return self._refuse(f"{exc.filename or self.claim.directory}: {exc.strerror}", 1)
             _kernel_manners()
             self.history = History(mounts.events_path(self.mountpoint))
             status = self._serve()
             if self.connection is not None:
-                self.happened("HEALFS_UNMOUNTED", {"reason": self.end} if self.end else {})
+                reason = {"reason": self.end} if self.end else {}
+                self.happened("HEALFS_UNMOUNTED", reason | self.unmounted)
             return status
         finally:
             self.upgrading.close()
@@ -102,7 +108,7 @@ class Keeper:
     def _refuse(self, message: str, status: int) -> int:
         report = {"event": "error", "message": message, "status": status}
         if self.ready < 0:
-            os.write(2, f"healfs: {message}\n".encode(errors="replace"))
+            print(f"healfs: {message}", file=sys.stderr)
         else:
             os.write(self.ready, json.dumps(report).encode() + b"\n")
         return status
@@ -137,8 +143,7 @@ class Keeper:
 
     def say(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError):
-            os.write(2, f"{stamp} keeper: {text}\n".encode())
+        print(f"{stamp} keeper: {text}", file=sys.stderr)
 
     def happened(self, name: str, data: dict[str, Any], when: float | None = None) -> None:
         """Keep an event, and tell the journal where that is the log."""
@@ -292,7 +297,9 @@ class Keeper:
             case "beat":
                 self.systemd.status(message["status"])
                 self.heartbeat.beat(time.monotonic())
-            case "event":
+            case "unmounted":
+                self.unmounted = dict(message["data"])
+            case "event" if self.futile < 2 or message["event"] != "HEALFS_FAULTED":
                 self.happened(message["event"], message["data"], message["time"])
 
     def _serving(self, version: str) -> None:
@@ -314,6 +321,8 @@ class Keeper:
         """A killed worker that waits in the kernel for its storage (state D) cannot be reaped."""
         assert self.worker is not None
         self.look_at = now + LOOK_SECONDS
+        if now - self.started > LONGEST_PAUSE:
+            self.futile, self.pause = 0, 0.0
         if not callers.is_leaving(self.worker.pid):
             self.leaving = None
             return
@@ -358,14 +367,16 @@ class Keeper:
         elif status == HANDED_OVER:  # to a candidate that has died meanwhile
             self.start_at = now
         else:
-            self._plan_restart(f"ended {how(status)}")
+            # Killed, by somebody or for want of memory, it did not fail by itself.
+            calm = now - self.started > LONGEST_PAUSE or (self.alive and status == -signal.SIGKILL)
+            when = SOON if self.alive else UNANSWERED
+            self._plan_restart(f"ended {how(status)}", when, calm=calm)
         return None
 
-    def _plan_restart(self, what: str) -> None:
-        """One that dies before it has answered anything will do so again: not hammered."""
-        now = time.monotonic()
+    def _plan_restart(self, what: str, when: str = UNANSWERED, *, calm: bool = False) -> None:
+        """One that fails at once, unless `calm`, will do so again: not hammered."""
         self.restarts += 1
-        if self.alive or now - self.started > LONGEST_PAUSE:
+        if calm:
             self.futile, self.pause = 0, 0.0
             self.say(f"the worker {what}: another one is started")
             self.systemd.status(f"the worker {what}: another one is started")
@@ -373,12 +384,12 @@ class Keeper:
             self.futile += 1
             self.pause = min(LONGEST_PAUSE, self.pause * 2 or FIRST_PAUSE)
             self._report(
-                f"no worker runs: {self.futile} in a row {what} before anything was answered;"
+                f"no worker runs: {self.futile} in a row {what} {when};"
                 f" the next one is started {self.pause:g} s after the last"
             )
         if self.futile <= 1:  # the first of those that die in a row
             self.happened("HEALFS_WORKER_RESTARTED", {"reason": what, "restarts": self.restarts})
-        self.start_at = now + self.pause
+        self.start_at = time.monotonic() + self.pause
 
     def _report(self, problem: str) -> None:
         """To the log, and to whoever asks for the status while no worker answers."""
@@ -388,18 +399,19 @@ class Keeper:
         self._record()
 
     def _record(self) -> None:
-        if self.fuse < 0:
-            return
+        source = str(self.config["source"])
+        waits = "" if self.fuse >= 0 else f"not mounted yet, it waits for {source}"
         try:
             self.claim.record(
                 mountpoint=self.mountpoint,
                 file=os.path.join(self.mountpoint, str(self.config["name"])),
-                source=str(self.config["source"]),
+                source=source,
                 keeper=os.getpid(),
                 worker=0 if self.worker is None else self.worker.pid,
                 log=self.log,
                 version=self.version,
-                problem=self.problem,
+                problem=self.problem or waits,
+                mounted=not waits,
             )
         except OSError as exc:
             self.say(f"{exc.filename}: {exc.strerror}")
@@ -472,6 +484,7 @@ def _kernel_manners() -> None:
 
 
 def main() -> int:
+    lines.use()
     ready = int(sys.argv[1])
     if ready >= 0:
         os.set_inheritable(ready, False)

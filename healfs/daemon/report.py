@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 from typing import Any
 
+import trio
+
 from healfs.config import one_line
+from healfs.daemon.lines import Lines
 
 INTERRUPTED = 130  # exit status: ended before there was a mount
 
@@ -38,7 +42,18 @@ class Report:
         """The last report."""
         self._send(event="ready", file=file, notes=notes, write_log_off=write_log_off)
         if self._fd >= 0:
+            trio.lowlevel.notify_closing(self._fd)
             os.close(self._fd)
+            self._fd = -1
+
+    async def forsaken(self) -> None:
+        """Until `healfs mount` is gone while it waits: nobody wants the mount any more."""
+        if self._fd >= 0:
+            with contextlib.suppress(trio.ClosedResourceError):
+                # Nothing can be read from this end: what wakes is the loss of the other.
+                await trio.lowlevel.wait_readable(self._fd)
+                return
+        await trio.sleep_forever()
 
     def _send(self, **message: object) -> None:
         try:
@@ -52,9 +67,9 @@ class Report:
 
 def _say(message: dict[str, Any]) -> None:
     if message["event"] == "ready":
-        print(message["file"], flush=True)
+        print(message["file"], file=Lines(1))
     for line in lines(message):
-        print(f"healfs: {one_line(line)}", file=sys.stderr, flush=True)
+        print(f"healfs: {one_line(line)}", file=sys.stderr)
 
 
 def lines(message: dict[str, Any]) -> list[str]:

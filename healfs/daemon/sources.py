@@ -5,10 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
+import trio
+
 from healfs.backends import nbd_uri
 from healfs.backends.base import Backend, Geometry, SourceError
 from healfs.config import MountConfig, format_size
 from healfs.daemon.export_lock import locked_export
+from healfs.daemon.report import Report
 from healfs.device import scsi, virtio_blk
 
 DEVICES: dict[str, ModuleType] = {"virtio-blk": virtio_blk, "scsi": scsi}
@@ -53,6 +56,26 @@ def _plain_backend(config: MountConfig) -> Backend:
     from healfs.backends.file import FileBackend
 
     return FileBackend(config.source, read_only=config.read_only, create=config.create)
+
+
+async def first_connection(backend: Backend, config: MountConfig, report: Report) -> Geometry:
+    """Wait for an absent server, as long as it takes. Raises SourceError."""
+    pause, told = 0.05, ""
+    while True:
+        try:
+            geometry = await backend.connect()
+        except SourceError:
+            raise
+        except OSError as exc:
+            if str(exc) != told:
+                told = str(exc)
+                report.waiting(f"waiting for {backend.source}: {exc.strerror or exc}")
+            with trio.move_on_after(pause):
+                await backend.wait_changed()
+            pause = min(1.0, pause * 2)
+            continue
+        check_geometry(geometry, config)
+        return geometry
 
 
 def check_geometry(geometry: Geometry, config: MountConfig) -> None:

@@ -86,6 +86,7 @@ def save_init(worker: Worker, request: bytes, reply: bytes) -> None:
     resend = wire.offers_resend(request)
     init = {"request": request.hex(), "reply": reply.hex(), "resend": resend}
     worker.parent.tell({"do": "init", **init})
+    worker.resend = resend
     if not resend:
         worker.notes.append(NO_RESEND)
         log.warning(NO_RESEND)

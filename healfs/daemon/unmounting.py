@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from healfs.config import spans
+from healfs.config import counted, spans
 from healfs.core.overlap import joined
 from healfs.core.request import Kind, Request
 from healfs.core.states import State
@@ -34,14 +34,29 @@ class Unmounting:
         self._lock = trio.Lock()
         self._patience = trio.CancelScope()  # of the flush before an unmount
         self.ended = trio.Event()
+        self._told = False
 
     async def from_outside(self) -> None:
         """The mount is gone: by us, or by umount(8), and then this is the last flush."""
         async with self._lock:
             if not self.ended.is_set():
-                if not await self.flush(UNMOUNT_SECONDS):
-                    self._log_loss("unmounted from outside; lost", self.unflushed())
+                lost = {} if await self.flush(UNMOUNT_SECONDS) else self.unflushed()
+                if lost:
+                    self._log_loss("unmounted from outside; lost", lost)
+                self._tell_end(lost, {})
                 self.ended.set()
+
+    def _tell_end(self, given_up: dict[str, dict[str, Any]], who: dict[str, object]) -> None:
+        """For the event that the keeper adds when the worker has ended; the first word counts."""
+        if self._told:
+            return
+        self._told = True
+        data: dict[str, Any] = dict(who)
+        if given_up:
+            data["given_up"] = _numbers(given_up)
+        if seconds := self._worker.engine.outage_seconds:
+            data["outage_seconds"] = round(seconds, 3)
+        self._worker.parent.tell({"do": "unmounted", "data": data})
 
     async def on_request_of_the_keeper(self) -> None:
         """Wait for its SIGTERM; then end, within the limit."""
@@ -61,10 +76,11 @@ class Unmounting:
         await trio.sleep(0.05)  # the reply is queued by then; the client waits for the keeper's end
         self.ended.set()
 
-    async def umount(self, *, force: bool) -> dict[str, Any]:
+    async def umount(self, *, force: bool, who: dict[str, object] | None = None) -> dict[str, Any]:
         """Flush and unmount; returns what was given up. Raises UnmountError.
 
-        The caller sets `ended`, with end_soon, once the answer is on its way.
+        `who` asks for it, as the event HEALFS_UNMOUNTED says it. The caller sets `ended`, with
+        end_soon, once the answer is on its way.
         """
         if force:
             self._patience.cancel()  # of a plain one that waits for the backend
@@ -87,6 +103,7 @@ class Unmounting:
                         commands.busy_text(self._worker.config.mountpoint, exc)
                     ) from None
                 await self._unmount(lazy=True)
+            self._tell_end(given_up, who or {})
             return given_up
 
     async def _unmount(self, *, lazy: bool) -> None:
@@ -102,19 +119,20 @@ class Unmounting:
         status = self._worker.engine.status()
         requests = status["requests"]
         assert isinstance(requests, dict)
-        waiting = [f"{requests['parked'] + requests['in_flight']} requests wait"]
+        count = requests["parked"] + requests["in_flight"]
+        waiting = [counted(count, "request waits", "requests wait")]
         for unflushed in self.unflushed().values():
-            waiting.append(f"{unflushed['requests']} answered writes are not flushed")
+            waiting.append(
+                counted(unflushed["requests"], "answered write is", "answered writes are")
+                + " not flushed"
+            )
         why = f" ({status['reason']})" if status["reason"] else ""
-        what = (
-            f"the disk is {status['state']}"
-            if self._worker.engine.link_up
-            else "the backend is away"
-        )
-        return (
-            f"{self._worker.config.mountpoint}: {what}{why}, {', '.join(waiting)};"
-            " try again when that is over, or give them up with --force"
-        )
+        what, then = "the backend is away", "try again when that is over"
+        if status["state"] == State.MISMATCH:
+            what, then = "another disk came back", "healfs accept goes on with it"
+        elif self._worker.engine.link_up:
+            what = f"the disk is {status['state']}"
+        return f"{what}{why}, {', '.join(waiting)}; {then}, or give them up with --force"
 
     def unflushed(self) -> dict[str, dict[str, Any]]:
         """Answered writes that may be on no stable storage. Their ranges are [offset, length]."""
@@ -133,11 +151,7 @@ class Unmounting:
     @staticmethod
     def _log_loss(what: str, given_up: dict[str, dict[str, Any]]) -> None:
         """The numbers in one line, then every byte of what was answered."""
-        numbers = {
-            kind: {key: value for key, value in given.items() if key != "ranges"}
-            for kind, given in given_up.items()
-        }
-        log.error("%s: %s", what, json.dumps(numbers))
+        log.error("%s: %s", what, json.dumps(_numbers(given_up)))
         ranges = spans(given_up.get("unflushed", {}).get("ranges", ()))
         for first in range(0, len(ranges), RANGES_A_LINE):
             shown = ", ".join(ranges[first : first + RANGES_A_LINE])
@@ -166,3 +180,11 @@ class Unmounting:
             await answered.wait()
         self._worker.engine.cancel(request)
         return errors == [0]
+
+
+def _numbers(given_up: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Without the ranges, which can be very many."""
+    return {
+        kind: {key: value for key, value in given.items() if key != "ranges"}
+        for kind, given in given_up.items()
+    }

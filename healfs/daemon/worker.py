@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import pyfuse3
@@ -33,7 +34,7 @@ from healfs.core.engine import Engine
 from healfs.core.request import Request
 from healfs.core.states import State
 from healfs.core.writelog import LayoutError
-from healfs.daemon import commands, fencing, log_file, memory_lock, sources, takeover
+from healfs.daemon import commands, faults, fencing, lines, log_file, memory_lock, sources, takeover
 from healfs.daemon.children import HANDED_OVER
 from healfs.daemon.parent import Parent, ParentError
 from healfs.daemon.report import INTERRUPTED, Report
@@ -77,7 +78,8 @@ class Worker:
             ambiguous=self.backend.ambiguous,
         )
         self._completed = self.engine.completed  # bound once
-        self.control = ControlServer(commands.verbs(self), version=__version__)
+        allowed = config.allow_uid
+        self.control = ControlServer(commands.verbs(self), version=__version__, allowed=allowed)
         self.telling = Telling(parent, self.control)
         self.channel: Channel
         self.callers = Callers()
@@ -89,6 +91,7 @@ class Worker:
         self._early_end = 1  # the exit status when it did not come to a mount
         self.notes: list[str] = []  # of the system, for status
         self.negotiated = trio.Event()  # what the kernel can, with the first worker
+        self.resend = False  # it can send requests again, and the keeper knows
         self._alive = False  # something was answered, and the keeper told
         self.unmounting = Unmounting(self)
 
@@ -124,7 +127,10 @@ class Worker:
             describe = sources.device_for(self.config.device).describe
             data = {"device": self.config.name, **data, "status": describe(errno)}
             self._somebody_waits.set()
-        self.telling.event(name, data)
+        if name == "HEALFS_FAULTED":
+            faults.faulted(self, data)
+        else:
+            self.telling.event(name, data)
 
     # --- life -------------------------------------------------------------------------------
 
@@ -132,15 +138,16 @@ class Worker:
         """The exit status."""
         status: int | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.parent.listen)
-            nursery.start_soon(self.parent.heed_signals)
-            nursery.start_soon(self._beat)
-            nursery.start_soon(self.telling.run)
-            nursery.start_soon(self._terminate_early, nursery.cancel_scope)
+            parent = self.parent
+            for task in (parent.listen, parent.heed_signals, self._beat, self.telling.run):
+                nursery.start_soon(faults.guarded, self, task)
+            for why in self.parent.terminate.wait, self.report.forsaken:
+                nursery.start_soon(self._end_early, nursery.cancel_scope, why)
             status = await self._mount()
             if status is None:
-                nursery.start_soon(self.unmounting.on_request_of_the_keeper)
-                nursery.start_soon(takeover.hand_over, self)
+                unmount = self.unmounting.on_request_of_the_keeper
+                nursery.start_soon(faults.guarded, self, unmount)
+                nursery.start_soon(faults.guarded, self, takeover.hand_over, self)
                 await self._serve()
                 status = HANDED_OVER if self.parent.hand_over.is_set() else 0
             nursery.cancel_scope.cancel()
@@ -150,9 +157,9 @@ class Worker:
             mounts.clear_dead(self.parent.greeting["directory"])
         return self._early_end if status is None else status
 
-    async def _terminate_early(self, scope: trio.CancelScope) -> None:
-        """Before the mount, SIGTERM just ends the process."""
-        await self.parent.terminate.wait()
+    async def _end_early(self, scope: trio.CancelScope, why: Callable[[], Awaitable[None]]) -> None:
+        """Before the mount, it just ends the process."""
+        await why()
         if not hasattr(self, "channel"):
             self.report.error("interrupted; nothing is mounted", INTERRUPTED)
             self._early_end = INTERRUPTED
@@ -185,7 +192,9 @@ class Worker:
         try:
             size = self.config.size
             if not self.config.no_wait or size is None:
-                self.geometry = await self._first_connection()
+                self.geometry = await sources.first_connection(
+                    self.backend, self.config, self.report
+                )
                 size = self.geometry.size
             fuse = await self.parent.ask({"do": "mount"})
         except (SourceError, ParentError) as exc:
@@ -200,6 +209,7 @@ class Worker:
     def _take_over(self) -> None:
         """An earlier worker has ended: its mount is mounted, its log is in the memory."""
         greeting = self.parent.greeting
+        self.resend = True  # else there would be no second worker
         self.backend.resumed()
         self.engine.take_over(greeting["died"])
         saved = self.engine.frontend
@@ -236,37 +246,14 @@ class Worker:
     def _namespace_changed(self) -> None:
         self.engine.save(namespace=self.namespace.save())
 
-    async def _first_connection(self) -> Geometry:
-        """Wait for an absent server, as long as it takes. Raises SourceError."""
-        pause, told = 0.05, ""
-        while True:
-            try:
-                geometry = await self.backend.connect()
-            except SourceError:
-                raise
-            except OSError as exc:
-                if str(exc) != told:
-                    told = str(exc)
-                    message = f"waiting for {self.backend.source}: {exc.strerror or exc}"
-                    self.report.waiting(message)
-                with trio.move_on_after(pause):
-                    await self.backend.wait_changed()
-                pause = min(1.0, pause * 2)
-                continue
-            sources.check_geometry(geometry, self.config)
-            return geometry
-
     async def _serve(self) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._wake)
-            nursery.start_soon(self._link)
-            nursery.start_soon(pyfuse3.main)
-            nursery.start_soon(self._look_who_waits)
-            nursery.start_soon(self._fence)
-            nursery.start_soon(self._probe)
-            nursery.start_soon(self.control.serve, self.listener)
-            nursery.start_soon(self._until_unmounted)
-            nursery.start_soon(self._report_ready)
+            for task in (
+                *(self._wake, self._link, pyfuse3.main, self._look_who_waits, self._fence),
+                *(self._probe, self._until_unmounted, self._report_ready),
+            ):
+                nursery.start_soon(faults.guarded, self, task)
+            nursery.start_soon(faults.guarded, self, self.control.serve, self.listener)
             await self.unmounting.ended.wait()
             nursery.cancel_scope.cancel()
         self.channel.close()
@@ -298,7 +285,6 @@ class Worker:
                 break
             except* Exception:
                 # A mount is never taken down by a traceback: the disk is faulted, stat works.
-                log.exception("internal error in the channel")
                 self.engine.fault("the channel")
         log.info("unmounted")
         await self.unmounting.from_outside()
@@ -460,6 +446,7 @@ class Worker:
 
 
 def main() -> int:
+    lines.use()
     fds = json.loads(sys.argv[1])
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)  # the keeper gets them, and tells us

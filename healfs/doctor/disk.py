@@ -2,39 +2,86 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from healfs.doctor.finding import Finding, Level
 
+_BOTH = "nbdkit file and qemu-nbd do so by themselves"
+# What a backend may lack: what that means, and what mends it at an NBD server, and of a file.
 _LACKS = {
-    "write_zeroes": "zeroes are written as data: a guest's discard and zeroing are slow",
-    "discard": "discards do nothing: the space a guest frees is not given back",
-    "fua": "a synchronous write is a write and a flush",
+    "write_zeroes": (
+        "zeroes are written as data: a guest's discard and zeroing are slow",
+        f"# serve it by one that writes zeroes: {_BOTH}",
+        "# keep it where zeroes cost nothing: ext4, XFS, NFS 4.2, a thin block device",
+    ),
+    "discard": (
+        "discards do nothing: the space a guest frees is not given back",
+        "# nbd-server: trim = true; qemu-nbd --discard=unmap; nbdkit file does so by itself",
+        "# keep it where holes can be made: ext4, XFS, NFS 4.2, a thin block device",
+    ),
+    "fua": (
+        "a synchronous write is a write and a flush",
+        f"# nbd-server: fua = true; {_BOTH}",
+        "",  # every file can
+    ),
 }
+
+_STATES = {
+    "stalled": "healfs events {} # since when; healfs reconnect gives up a connection that hangs",
+    "connecting": "healfs events {} # it was never there: start the server, or mend the source",
+    "replaying": "healfs status {} # it writes what was not flushed; wait until it is ready",
+    "paused": "healfs resume {}",
+    "mismatch": "healfs status {} # the right disk is waited for; this one: healfs accept --help",
+    "faulted": "healfs events {} # please report; healfs umount --force gives up what waits",
+}
+
+# How the notes of status begin, and what mends each.
+_NOTES = {
+    "the write log's": "ulimit -l unlimited # as root, and mount again; in a unit LimitMEMLOCK=",
+    "io_uring is not": "healfs doctor # the sysctl; in a container its seccomp profile",
+    "no locks": "# keep the file where locks work (NFS: without nolock)",
+    "this kernel": "healfs doctor # where to get a newer one",
+    "the keeper is gone": "healfs umount {} # it flushes first; then mount it again",
+    "who the server is": "# take tls-verify-peer=0 out of the source, and mount it again",
+    "any server": "# put tls-hostname=NAME into the source, and mount it again",
+    "the last": "# make the disk's size a multiple of the server's block",
+}
+_OTHER_NOTES = "# healfs-semantics(7), LIMITS: what follows from it"
 
 
 def examine(status: dict[str, Any]) -> list[Finding]:
     """`status` is the answer to healfs-query-status."""
-    return list(_findings(status))
+    return list(_findings(status, shlex.quote(str(status.get("mountpoint")))))
 
 
-def _findings(status: dict[str, Any]) -> Iterator[Finding]:
-    mountpoint = status.get("mountpoint")
+def _findings(status: dict[str, Any], mountpoint: str) -> Iterator[Finding]:
     state = str(status.get("state"))
     if state == "ready":
         yield Finding("state", Level.OK, "ready")
     else:
-        yield Finding(
-            "state", Level.WARNING, f"{state}: {status.get('reason') or 'no reason given'}"
-        )
+        level = Level.ERROR if state == "faulted" else Level.WARNING
+        text = f"{state}: {status.get('reason') or 'no reason given'}"
+        mend = _STATES.get(state, "healfs status {}")
+        yield Finding("state", level, text, mend.format(mountpoint))
     abilities = status.get("backend")
     if not abilities:
-        yield Finding("backend", Level.NOTE, "not connected since this worker began: not known")
+        yield Finding(
+            "backend",
+            Level.NOTE,
+            "not connected since this worker began: not known",
+            f"healfs doctor {mountpoint} # again, when it is ready",
+        )
     else:
-        yield from _abilities(abilities, str(status.get("source")))
-    for note in status.get("notes") or []:
-        yield Finding("note", Level.WARNING, str(note))
+        nbd = str(status.get("source")).startswith("nbd")
+        yield from _abilities(abilities, nbd)
+        if not _is_read_only(status):
+            yield from _lacks(abilities, nbd)
+    for note in map(str, status.get("notes") or []):
+        if not note.startswith("the server cannot flush"):  # an error above
+            mend = next((m for begin, m in _NOTES.items() if note.startswith(begin)), _OTHER_NOTES)
+            yield Finding("note", Level.WARNING, note, mend.format(mountpoint))
     policy = status.get("policy") or {}
     for direction, key in (("read", "rerror"), ("write", "werror")):
         error = (policy.get(direction) or {}).get(key)
@@ -47,13 +94,13 @@ def _findings(status: dict[str, Any]) -> Iterator[Finding]:
             )
 
 
-def _abilities(abilities: dict[str, Any], source: str) -> Iterator[Finding]:
+def _abilities(abilities: dict[str, Any], nbd: bool) -> Iterator[Finding]:
     if not abilities.get("flush"):
         yield Finding(
             "backend",
             Level.ERROR,
             "it cannot flush: nothing is known to be stable, and there is no write log",
-            "serve it by one that can flush (nbdkit and qemu-nbd do for files)",
+            f"# nbd-server: flush = true; {_BOTH}",
         )
     elif not abilities.get("volatile_cache"):
         yield Finding(
@@ -61,8 +108,16 @@ def _abilities(abilities: dict[str, Any], source: str) -> Iterator[Finding]:
         )
     else:
         yield Finding("backend", Level.OK, "it flushes; what is not flushed is in the write log")
-    for ability, text in _LACKS.items():
+    if nbd and not abilities.get("multi_conn"):
+        yield Finding("backend", Level.OK, "no multi-conn: healfs makes one connection")
+
+
+def _lacks(abilities: dict[str, Any], nbd: bool) -> Iterator[Finding]:
+    for ability, (text, server, file) in _LACKS.items():
         if not abilities.get(ability):
-            yield Finding("backend", Level.NOTE, text)
-    if source.startswith("nbd") and not abilities.get("multi_conn"):
-        yield Finding("backend", Level.NOTE, "the server takes one connection (no multi-conn)")
+            yield Finding("backend", Level.NOTE, text, server if nbd else file)
+
+
+def _is_read_only(status: dict[str, Any]) -> bool:
+    values = (status.get("configuration") or {}).get("values") or {}
+    return bool((values.get("read_only") or {}).get("value"))

@@ -15,7 +15,8 @@ class Level(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`mend` is the command that mends it, or says what to do ("": nothing)."""
+    """`mend` is a line for a shell: a command that mends it, or leads to it, or as a comment what
+    to do where no command does. Only what is OK has none."""
 
     check: str
     level: Level

@@ -1,13 +1,14 @@
 """The virtual machines that have a disk's file open: how QEMU was told to use it.
 
-All is read from /proc: readlink of a descriptor names a file without touching it.
+All is read from /proc: readlink of a descriptor names a file without touching it. Of QEMU only the
+command line is seen; a disk that was plugged in later is not in it, and what is not known is said.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
+import os.path
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,27 +17,47 @@ from typing import Any
 from healfs.doctor.finding import Finding, Level
 
 _FREEZES = ("native", "io_uring")
-_SHORT_BUSES = {"ide": "IDE or SATA", "nvme": "NVMe", "usb": "USB", "sd": "SD card"}
+_PATIENT = ("virtio",)  # virtio-blk-pci, virtio-scsi-device, if=virtio, ...
+_SHORT_BUSES = {
+    "ide": "IDE or SATA",
+    "nvme": "NVMe",
+    "usb": "USB",
+    "sd": "SD card",
+    **dict.fromkeys(("lsi", "megasas", "mptsas", "pvscsi", "am53c974", "dc390", "esp"), "SCSI"),
+}
+_IDE_OPTIONS = ("hda", "hdb", "hdc", "hdd", "cdrom")
+_ALONE = (
+    *("S", "s", "nographic", "nodefaults", "no-user-config", "snapshot", "enable-kvm", "usb"),
+    *("daemonize", "no-reboot", "no-shutdown", "no-acpi"),
+)
+_X86 = ("qemu-system-x86_64", "qemu-system-i386", "qemu-kvm", "kvm")
 
 
 @dataclass
 class Guest:
-    """One QEMU process, as its command line has this disk."""
+    """One QEMU process, as its command line has this disk. `named`: it has it at all."""
 
     pid: int
     name: str
     aio: str = "threads"
-    cache: str = ""  # of -drive
     no_flush: bool = False
-    devices: list[str] = field(default_factory=list)  # QEMU's names: virtio-blk-pci, ide-hd, ...
+    named: bool = False
+    buses: list[str] = field(default_factory=list)  # QEMU's names: virtio-blk-pci, ide-hd, ...
 
 
 def guests_of(file: str, proc: Path = Path("/proc")) -> list[Guest]:
-    return [
-        _guest(int(entry.name), command, file)
-        for entry in proc.iterdir()
-        if entry.name.isdigit() and (command := _command(entry)) and _has_open(entry, file)
-    ]
+    return [guest for entry in proc.iterdir() if (guest := _guest_of(entry, file))]
+
+
+def _guest_of(process: Path, file: str) -> Guest | None:
+    if not process.name.isdigit() or not (command := _command(process)):
+        return None
+    is_open = _has_open(process, file)
+    if is_open is False:
+        return None
+    guest = _guest(int(process.name), command, file, _directory(process))
+    # Another user's descriptors cannot be seen; what it was told to open can.
+    return guest if is_open or guest.named else None
 
 
 def _command(process: Path) -> list[str]:
@@ -48,41 +69,106 @@ def _command(process: Path) -> list[str]:
     return words if Path(words[0]).name.startswith(("qemu-system-", "qemu-kvm", "kvm")) else []
 
 
-def _has_open(process: Path, file: str) -> bool:
-    with contextlib.suppress(OSError):
-        for link in (process / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                if str(link.readlink()) == file:
-                    return True
-    return False
+def _has_open(process: Path, file: str) -> bool | None:
+    """None: nobody may look."""
+    try:
+        links = list((process / "fd").iterdir())
+    except PermissionError:
+        return None
+    except OSError:
+        return False
+    return any(_target(link) == file for link in links)
 
 
-def _guest(pid: int, command: list[str], file: str) -> Guest:
-    name = next((w for o, w in _options(command) if o == "name"), f"pid {pid}")
-    guest = Guest(pid, _keys(name).get("guest", name.split(",")[0]))
-    nodes = {file}  # what leads to the file: node names and drive ids
-    blockdevs = [_keys(w) for o, w in _options(command) if o == "blockdev"]
-    for node in blockdevs:
-        if node.get("filename") == file or node.get("file.filename") == file:
-            nodes.add(str(node.get("node-name")))
-            guest.aio = str(node.get("aio", node.get("file.aio", guest.aio)))
-            guest.no_flush |= _yes(node.get("cache.no-flush"))
-    for _ in blockdevs:  # format nodes, filters: each names what is below it
-        for node in blockdevs:
-            if nodes & {str(node.get("file")), str(node.get("backing"))}:
-                nodes.add(str(node.get("node-name")))
-                guest.no_flush |= _yes(node.get("cache.no-flush"))
-    for drive in (_keys(w) for o, w in _options(command) if o == "drive"):
-        if drive.get("file") == file or drive.get("file.filename") == file:
-            nodes.add(str(drive.get("id")))
-            guest.aio = str(drive.get("aio", guest.aio))
-            guest.cache = str(drive.get("cache", ""))
-            if (interface := str(drive.get("if", "ide"))) != "none":
-                guest.devices.append(interface)
-    for device in (_keys(w) for o, w in _options(command) if o == "device"):
-        if str(device.get("drive")) in nodes - {"None"}:
-            guest.devices.append(str(device.get("driver")))
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
+
+
+def _directory(process: Path) -> str:
+    return _target(process / "cwd") or "/"
+
+
+def _guest(pid: int, command: list[str], file: str, directory: str) -> Guest:
+    options = list(_options(command))
+    devices = [_keys(word) for option, word in options if option == "device"]
+    name = next((word for option, word in options if option == "name"), f"pid {pid}")
+    guest = Guest(pid, str(_keys(name).get("guest", name.split(",")[0])))
+    nodes = _Nodes(guest, file, directory)
+    nodes.of_blockdevs([_keys(word) for option, word in options if option == "blockdev"])
+    interface = "ide" if Path(command[0]).name in _X86 else "the machine's own bus"
+    for option, word in options:
+        if option == "drive":
+            nodes.of_drive(_keys(word), interface)
+        elif option in (*_IDE_OPTIONS, "") and nodes.is_file(word):
+            guest.named = True
+            guest.buses.append(interface)
+    for device in devices:
+        if str(device.get("drive", "")) in nodes.names:
+            guest.buses.append(_bus(device, devices))
     return guest
+
+
+class _Nodes:
+    """What leads to the file in one command line: the names of nodes, and the ids of drives."""
+
+    def __init__(self, guest: Guest, file: str, directory: str) -> None:
+        self.names: set[str] = set()
+        self._guest, self._file, self._directory = guest, file, directory
+
+    def is_file(self, name: object) -> bool:
+        path = str(name).removeprefix("file:")
+        return os.path.normpath(os.path.join(self._directory, path)) == self._file
+
+    def of_blockdevs(self, blockdevs: list[dict[str, Any]]) -> None:
+        passed = [b for b in blockdevs if _filename(b).startswith("/dev/fdset/")]
+        for node in blockdevs:
+            # Of descriptors that were passed nobody says which file they are; a single one is it.
+            if self.is_file(_filename(node)) or [node] == passed:
+                self._add(node, "node-name")
+        for _ in blockdevs:  # format nodes, filters: each names what is below it
+            for node in blockdevs:
+                if self.names & {str(node.get(key, "")) for key in ("file", "backing")}:
+                    self._add(node, "node-name")
+
+    def of_drive(self, drive: dict[str, Any], interface: str) -> None:
+        if not self.is_file(drive.get("file", "")) and not self.is_file(_filename(drive)):
+            return
+        self._add(drive, "id")
+        if (given := str(drive.get("if", interface))) != "none":
+            self._guest.buses.append(given)
+
+    def _add(self, node: dict[str, Any], name: str) -> None:
+        guest = self._guest
+        guest.named = True
+        if name in node:
+            self.names.add(str(node[name]))
+        guest.aio = str(node.get("aio", node.get("file.aio", guest.aio)))
+        guest.no_flush |= node.get("cache") == "unsafe"
+        guest.no_flush |= any(_yes(node.get(f"{at}cache.no-flush")) for at in ("", "file."))
+
+
+def _filename(node: dict[str, Any]) -> str:
+    return str(node.get("filename", node.get("file.filename", "")))
+
+
+def _bus(device: dict[str, Any], devices: list[dict[str, Any]]) -> str:
+    """The device; of a SCSI disk the adapter that it hangs on, where that is certain, before it."""
+    driver = str(device.get("driver"))
+    if not driver.startswith("scsi-"):
+        return driver
+    adapters = [d for d in devices if _is_scsi_adapter(str(d.get("driver")))]
+    wanted = str(device.get("bus", "")).partition(".")[0]
+    named = [d for d in adapters if wanted and wanted == d.get("id")] or adapters
+    kinds = {str(d.get("driver")) for d in named}
+    return f"{kinds.pop()}, {driver}" if len(kinds) == 1 else driver
+
+
+def _is_scsi_adapter(driver: str) -> bool:
+    kind = next((text for begin, text in _SHORT_BUSES.items() if driver.startswith(begin)), "")
+    return driver.startswith("virtio-scsi") or kind == "SCSI" or driver in ("usb-bot", "usb-uas")
 
 
 def _yes(value: object) -> bool:
@@ -90,9 +176,15 @@ def _yes(value: object) -> bool:
 
 
 def _options(command: list[str]) -> Iterator[tuple[str, str]]:
-    for option, word in itertools.pairwise(command):
-        if option.startswith("-"):
-            yield option.lstrip("-"), word
+    """Options and their values; a word that belongs to none is the value of ""."""
+    before = ""
+    for word in command[1:]:
+        if word.startswith("-"):
+            before = word.lstrip("-")
+            before = "" if before in _ALONE else before
+        else:
+            yield before, word
+            before = ""
 
 
 def _keys(word: str) -> dict[str, Any]:
@@ -126,35 +218,42 @@ def examine(file: str, mountpoint: str, proc: Path = Path("/proc")) -> list[Find
 
 def _findings(guest: Guest, mountpoint: str) -> Iterator[Finding]:
     check = f"guest {guest.name} (pid {guest.pid})"
-    right = f"start it with what healfs attach {mountpoint} prints"
-    before = True
+    right = f"healfs attach {shlex.quote(mountpoint)} # start it with what this prints"
+    if not guest.named:
+        yield Finding(
+            check,
+            Level.NOTE,
+            "its command line does not name the disk's file (plugged in later, or passed as a "
+            "descriptor): how it uses the disk is not known",
+            f"{right}; query-named-block-nodes in its monitor says what it does",
+        )
+        return
+    good = True
     if guest.aio in _FREEZES:
-        before = False
+        good = False
         yield Finding(
             check,
             Level.ERROR,
             f"aio={guest.aio}: in an outage the whole QEMU freezes, its monitor too",
             right,
         )
-    if guest.no_flush or guest.cache == "unsafe":
-        before = False
+    if guest.no_flush:
+        good = False
         yield Finding(
             check,
             Level.ERROR,
             "the guest's flushes are thrown away by QEMU: nothing is known to be stable",
             right,
         )
-    for device in guest.devices:
-        bus = next((text for name, text in _SHORT_BUSES.items() if device.startswith(name)), None)
-        if bus is not None:
-            before = False
-            yield Finding(
-                check,
-                Level.WARNING,
-                f"{device} ({bus}): guests give a command up after about 30 s",
-                right + "; healfs-guests(7)",
-            )
-    if before:
-        yield Finding(
-            check, Level.OK, f"aio={guest.aio}, {', '.join(guest.devices) or 'no device'}"
-        )
+    for bus in guest.buses or ["no device"]:
+        short = next((text for name, text in _SHORT_BUSES.items() if bus.startswith(name)), None)
+        if short is not None:
+            good = False
+            text = f"{bus} ({short}): guests give a command up after about 30 s"
+            yield Finding(check, Level.WARNING, text, f"{right}; or see healfs-guests(7)")
+        elif not bus.startswith(_PATIENT):
+            good = False
+            text = f"{bus}: how long the guest waits is not known from its command line"
+            yield Finding(check, Level.NOTE, text, f"{right}; see healfs-guests(7)")
+    if good:
+        yield Finding(check, Level.OK, f"aio={guest.aio}, {', '.join(guest.buses)}")

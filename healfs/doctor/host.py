@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,25 +16,46 @@ from healfs.doctor.finding import Finding, Level
 
 RESEND_SINCE = (6, 9)
 MAX_PAGES = 256  # of 4 KiB: requests of 1 MiB
-LOG_BYTES = 64 << 20
+LOG_BYTES = 64 << 20  # of a mount with the default --log-size
 BACKGROUND = 65535
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where to look: another root and another release are for tests."""
+    """Where to look: another root and another release are for tests.
+
+    `memlock` is None where a mount is there to say itself whether its memory is locked.
+    """
 
     root: Path = Path("/")
     release: str = field(default_factory=lambda: os.uname().release)
     uid: int = field(default_factory=os.geteuid)
-    memlock: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+    memlock: int | None = field(
+        default_factory=lambda: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    )
     which: Callable[[str], str | None] = shutil.which
+
+    def as_root(self, command: str) -> str:
+        return command if self.uid == 0 else f"sudo {command}"
+
+    def write(self, text: str, path: str, append: bool = False) -> str:
+        """The command that does it; the shell's own > would not be root's."""
+        return f"echo {text} | {self.as_root('tee -a' if append else 'tee')} {path}"
+
+    def sysctl(self, setting: str) -> str:
+        return self.as_root(f"sysctl -w {setting}")
 
     def text(self, path: str) -> str | None:
         try:
             return (self.root / path).read_text(errors="replace").strip()
         except OSError:
             return None
+
+    def is_setuid(self, program: str) -> bool:
+        try:
+            return bool((self.root / program.lstrip("/")).stat().st_mode & stat.S_ISUID)
+        except OSError:
+            return False
 
     def number(self, path: str) -> int | None:
         """None: there is no such setting here."""
@@ -56,8 +78,8 @@ def _kernel(host: Host) -> Iterator[Finding]:
             Level.ERROR,
             f"Linux {host.release} cannot send unanswered requests again: the death of the worker "
             "ends the mount",
-            "install Linux 6.9 or later (Debian 12: apt install -t bookworm-backports "
-            "linux-image-amd64)",
+            host.as_root("apt-get install -t bookworm-backports linux-image-amd64")
+            + " # of Debian 12: any Linux from 6.9 on; boot it then",
         )
 
 
@@ -65,11 +87,17 @@ def _fuse_device(host: Host) -> Iterator[Finding]:
     device = host.root / "dev/fuse"
     if not device.exists():
         yield Finding(
-            "/dev/fuse", Level.ERROR, "it is missing: nothing can be mounted", "modprobe fuse"
+            "/dev/fuse",
+            Level.ERROR,
+            "it is missing: nothing can be mounted",
+            host.as_root("modprobe fuse"),
         )
     elif not os.access(device, os.R_OK | os.W_OK):
         yield Finding(
-            "/dev/fuse", Level.ERROR, "this user may not open it", "chmod 0666 /dev/fuse (as root)"
+            "/dev/fuse",
+            Level.ERROR,
+            "this user may not open it",
+            host.as_root("chmod 0666 /dev/fuse"),
         )
     else:
         yield Finding("/dev/fuse", Level.OK, "it can be opened")
@@ -82,7 +110,7 @@ def _request_timeouts(host: Host) -> Iterator[Finding]:
                 f"fs.fuse.{name}",
                 Level.ERROR,
                 "the kernel ends a mount whose request waits longer, and an outage is that",
-                f"sysctl -w fs.fuse.{name}=0",
+                host.sysctl(f"fs.fuse.{name}=0"),
             )
 
 
@@ -93,7 +121,7 @@ def _message_size(host: Host) -> Iterator[Finding]:
             "fs.fuse.max_pages_limit",
             Level.NOTE,
             f"requests are cut into {pages * 4} KiB: large ones are slower",
-            f"sysctl -w fs.fuse.max_pages_limit={MAX_PAGES}",
+            host.sysctl(f"fs.fuse.max_pages_limit={MAX_PAGES}"),
         )
 
 
@@ -101,9 +129,20 @@ def _users_own(host: Host) -> Iterator[Finding]:
     """What only matters to who is not root."""
     if host.uid == 0:
         return
-    if host.which("fusermount3") is None:
+    program = host.which("fusermount3")
+    if program is None:
         yield Finding(
-            "fusermount3", Level.ERROR, "users cannot mount without it", "apt install fuse3"
+            "fusermount3",
+            Level.ERROR,
+            "users cannot mount without it",
+            host.as_root("apt-get install fuse3"),
+        )
+    elif not host.is_setuid(program):
+        yield Finding(
+            "fusermount3",
+            Level.ERROR,
+            f"{program} is not setuid root: users cannot mount with it",
+            host.as_root(f"chmod u+s {program}"),
         )
     lines = (host.text("etc/fuse.conf") or "").splitlines()
     if "user_allow_other" not in (line.strip() for line in lines):
@@ -111,7 +150,7 @@ def _users_own(host: Host) -> Iterator[Finding]:
             "/etc/fuse.conf",
             Level.NOTE,
             "--allow-other, which libvirt needs, is for root only",
-            "echo user_allow_other >> /etc/fuse.conf (as root)",
+            host.write("user_allow_other", "/etc/fuse.conf", append=True),
         )
     background = host.number("sys/module/fuse/parameters/max_user_bgreq")
     if background is not None and background < BACKGROUND:
@@ -120,19 +159,23 @@ def _users_own(host: Host) -> Iterator[Finding]:
             Level.WARNING,
             f"of a user's mount only {background} asynchronous requests can wait; then the kernel "
             "holds all others, reads of other ranges too",
-            f"echo {BACKGROUND} > /sys/module/fuse/parameters/max_user_bgreq (as root)",
+            host.write(str(BACKGROUND), "/sys/module/fuse/parameters/max_user_bgreq"),
         )
 
 
 def _memory_lock(host: Host) -> Iterator[Finding]:
-    if host.memlock == resource.RLIM_INFINITY or host.memlock >= LOG_BYTES or host.uid == 0:
+    if host.memlock is None or host.uid == 0:
+        return
+    if host.memlock == resource.RLIM_INFINITY or host.memlock >= LOG_BYTES:
         return
     yield Finding(
         "memlock",
         Level.WARNING,
-        f"{format_size(host.memlock)} may be locked, a write log has {format_size(LOG_BYTES)}: "
-        "swapped out, it makes an outage of memory slow",
-        "ulimit -l unlimited (limits.conf: memlock), or LimitMEMLOCK=infinity in the unit",
+        f"{format_size(host.memlock)} may be locked, a write log has {format_size(LOG_BYTES)} "
+        "(the default --log-size): it may be swapped out, and a kill of the worker then may be "
+        "an error of the guest",
+        host.write("'* - memlock unlimited'", "/etc/security/limits.d/healfs.conf")
+        + " # log in again then",
     )
 
 
@@ -145,13 +188,14 @@ def _hung_tasks(host: Host) -> Iterator[Finding]:
             "kernel.hung_task_panic",
             Level.ERROR,
             f"a process that waits {seconds} s for a disk makes this host panic",
-            "sysctl -w kernel.hung_task_panic=0",
+            host.sysctl("kernel.hung_task_panic=0"),
         )
     else:
         yield Finding(
             "kernel.hung_task_timeout_secs",
             Level.NOTE,
             f"who waits {seconds} s for a disk is named in the kernel's log, and waits on",
+            host.sysctl("kernel.hung_task_timeout_secs=0"),
         )
 
 
@@ -162,7 +206,7 @@ def _io_uring(host: Host) -> Iterator[Finding]:
             "kernel.io_uring_disabled",
             Level.NOTE,
             "files and block devices are served by threads, which is slower",
-            "sysctl -w kernel.io_uring_disabled=0",
+            host.sysctl("kernel.io_uring_disabled=0"),
         )
 
 
@@ -175,7 +219,7 @@ def _fusectl(host: Host) -> Iterator[Finding]:
             "fusectl",
             Level.WARNING,
             "umount --force cannot abort a mount whose worker hangs in the kernel",
-            "mount -t fusectl none /sys/fs/fuse/connections",
+            host.as_root("mount -t fusectl none /sys/fs/fuse/connections"),
         )
 
 

@@ -1,6 +1,6 @@
 """The manual pages say what the program does.
 
-healfs(1) has each verb's options, no more; healfs-semantics(7) has the states, moves and limits.
+The page of a verb has its options, no more; healfs-semantics(7) has the states, moves and limits.
 """
 
 from __future__ import annotations
@@ -30,20 +30,37 @@ from healfs.fuse.wire import MAX_WRITE
 from tests.docs import states
 
 PAGES = Path(__file__).parents[2] / "man"
-PAGE, SEMANTICS = PAGES / "healfs.1.scd", states.PAGE
+SEMANTICS = states.PAGE
+MAKEFILE = (PAGES.parent / "Makefile").read_text().replace("\\\n", " ")
+ALIASES = dict(
+    word.split(":") for word in re.findall(r"^ALIASES := (.*)$", MAKEFILE, re.M)[0].split()
+)
 
 
-def section(title: str, page: Path = PAGE) -> str:
+def page(name: str) -> Path:
+    """By its name, healfs-mount.1 say; an alias leads to the page that it stands for."""
+    return PAGES / f"{ALIASES.get(name, name)}.scd"
+
+
+def page_of(verb: str) -> Path:
+    return page(f"healfs-{verb}.1")
+
+
+def section(title: str, page: Path) -> str:
     found = re.search(rf"^# {title}\n(.*?)(?=^# |\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert found, f"no section {title}"
+    assert found, f"no section {title} in {page.name}"
     return found[1]
+
+
+def section_of(verb: str) -> str:
+    return section(f"HEALFS {verb.upper()}", page_of(verb))
 
 
 def documented(verb: str) -> dict[str, str]:
     """The options that have a definition in the verb's section: option -> its text."""
     options: dict[str, str] = {}
     for line, text in re.findall(
-        r"^(\*--.*)\n((?:\t.*\n|\n(?=\t))+)", section(f"HEALFS {verb.upper()}"), re.MULTILINE
+        r"^(\*--.*)\n((?:\t.*\n|\n(?=\t))+)", section_of(verb), re.MULTILINE
     ):
         options |= dict.fromkeys(re.findall(r"\*(--[a-z-]+)\*", line), text)
     return options
@@ -79,24 +96,70 @@ def test_every_default_is_said(verb: str) -> None:
             assert "Default:" in text, option
 
 
-def test_every_verb_is_in_the_synopsis_and_no_other() -> None:
-    assert set(re.findall(r"^\*healfs\* \*([a-z]+)\*", section("SYNOPSIS"), re.M)) == set(VERBS)
+def synopsis(page: Path) -> list[str]:
+    return [line.removesuffix("++") for line in section("SYNOPSIS", page).strip().splitlines()]
+
+
+def test_each_verb_has_exactly_one_page_and_is_in_the_overview() -> None:
+    found: dict[str, list[str]] = {}
+    for path in PAGES.glob("*.scd"):
+        for title in re.findall(r"^# HEALFS ([A-Z]+)$", path.read_text(), re.M):
+            found.setdefault(title.lower(), []).append(path.name)
+    assert found == {verb: [page_of(verb).name] for verb in VERBS}
+    overview = section("VERBS", page("healfs.1"))
+    for verb, [name] in found.items():
+        line = re.search(rf"^\*{name[:-6]}\*\(1\)\n\t.*\*{verb}\*.*: ", overview, re.M)
+        assert line, f"{verb} is not beside {name} in healfs(1)"
+
+
+def test_the_synopsis_of_a_verb_is_the_overviews() -> None:
+    lines = synopsis(page("healfs.1"))
+    of = {verb: [line for line in lines if line.startswith(f"*healfs* *{verb}*")] for verb in VERBS}
+    assert all(of.values())
+    assert sum(map(len, of.values())) + 1 == len(lines)  # --version, --help
+    for path in {page_of(verb) for verb in VERBS}:
+        told = [line for verb in VERBS if page_of(verb) == path for line in of[verb]]
+        assert sorted(synopsis(path)) == sorted(told)
+
+
+def test_every_page_that_is_named_exists() -> None:
+    """Of healfs: a page, an alias, and a section of it where one is named."""
+    assert all(page(name).exists() for name in ALIASES)
+    files = [*PAGES.glob("*.scd"), PAGES.parent / "README.md", PAGES.parent / "CONTRIBUTING.md"]
+    for path in files:
+        for name, number, title in re.findall(
+            r"\*?(healfs[a-z.@-]*)\*?\(([0-9])\)(?:,\s+\*([A-Z ]+)\*)?", path.read_text()
+        ):
+            there = page(f"{name}.{number}")
+            assert there.exists(), f"{path.name}: {name}({number})"
+            assert not title or section(title, there)
+
+
+def test_the_unit_names_pages_that_exist() -> None:
+    unit = (PAGES.parent / "healfs/data/healfs@.service").read_text()
+    named = re.findall(r"man:([a-z.@-]+)\(([0-9])\)", unit)
+    assert named and all(page(f"{name}.{number}").exists() for name, number in named)
 
 
 def test_every_exit_status_is_there() -> None:
-    said = {int(n) for n in re.findall(r"^\*([0-9]+)\*$", section("EXIT STATUS"), re.MULTILINE)}
+    said = {
+        int(n)
+        for n in re.findall(
+            r"^\*([0-9]+)\*$", section("EXIT STATUS", page("healfs.1")), re.MULTILINE
+        )
+    }
     assert said == {n for name, n in vars(exit_status).items() if name.isupper()}
 
 
 def test_every_qmp_command_is_there() -> None:
     commands = pytest.importorskip("healfs.daemon.commands")
-    text = section("CONTROL SOCKET").replace("\\", "")
+    text = page("healfs-control.7").read_text().replace("\\", "")
     for name in (*commands.verbs(None), "qmp_capabilities", "query-commands", "query-version"):
         assert f"*{name}*" in text, name
 
 
 def test_every_status_key_is_there_and_no_other() -> None:
-    keys = re.findall(r"^\*(.*)\*$", section("STATUS"), re.MULTILINE)
+    keys = re.findall(r"^\*(.*)\*$", section("STATUS", page_of("status")), re.MULTILINE)
     said = {key for line in keys for key in line.replace("\\", "").split("*, *")}
     source = (PAGES.parent / "healfs/daemon/commands.py").read_text()
     returned = source.split("def status")[1].split("    return {\n")[1].split("\n    }")[0]
@@ -106,12 +169,11 @@ def test_every_status_key_is_there_and_no_other() -> None:
 
 
 def test_every_state_is_there() -> None:
-    for page, title in ((SEMANTICS, "STATES"), (PAGE, "STATUS")):
-        text = section(title, page)
+    for path, title in ((SEMANTICS, "STATES"), (page_of("status"), "STATUS")):
+        text = section(title, path)
         for state in State:
-            assert re.search(rf"[*_]{state}[*_]", text) or (page == PAGE and state == "closed"), (
-                state
-            )
+            said = re.search(rf"[*_]{state}[*_]", text)
+            assert said or (path != SEMANTICS and state == "closed"), state
 
 
 def test_the_table_of_moves_is_the_engines() -> None:
@@ -128,11 +190,12 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
         f"{config.log_entries - RESERVED} requests, whichever",
         f"{limits.in_flight} are handed",
         f"at most {limits.failed_retries_per_second} a second",
-        f"{control.connections} at a time",
+        f"{control.connections} at a time, and five seconds to negotiate",
         f"that has {control.output_messages} messages",
         f"{format_size(nbd_tls.SEND)} are encrypted",
     ):
         assert said in text, said
+    assert control.negotiation_seconds == 5
     assert format_duration(config.slow_after) == "5s" and "Five seconds without any" in text
     assert NbdBackend.settle == 5 and FileBackend.settle == 0
     assert f"It may take {fencing.FENCE_SECONDS:g} seconds" in SEMANTICS.read_text()
@@ -143,12 +206,12 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
 
 
 def test_the_limits_of_an_upgrade_are_those_of_the_code() -> None:
-    text = " ".join(section("HEALFS UPGRADE").split())
+    text = " ".join(section_of("upgrade").split())
     assert takeover.DRAIN_SECONDS == 2 and "at most two seconds for what is in flight" in text
     assert upgrading.HAND_OVER_SECONDS == 5 and "not ended after five seconds" in text
     assert upgrading.UPGRADE_SECONDS == 10 and "not reported within ten seconds" in text
     assert (keeper.FIRST_PAUSE, keeper.LONGEST_PAUSE) == (0.1, 10)
-    assert "a pause, from 100 ms to ten seconds" in section("STATUS")
+    assert "a pause, from 100 ms to ten seconds" in section("STATUS", page_of("status"))
     assert 2 * keeper.LOOK_SECONDS == 10 and "ten seconds or less" in SEMANTICS.read_text()
 
 

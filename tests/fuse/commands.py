@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from tests import mounts
 from tests.mounts import HEALFS, ROOT
@@ -68,6 +71,23 @@ class Commands:
             )
         )
         return self._started[-1]
+
+    def kill_worker(self, seconds: float = 60) -> None:
+        """kill -9, and until another one answers."""
+        old = self.status()["pids"]["worker"]
+        os.kill(old, signal.SIGKILL)
+        until = time.monotonic() + seconds
+        while True:
+            done = self.run("status", self.mountpoint, "--json")
+            if not done.returncode and json.loads(done.stdout)["pids"]["worker"] != old:
+                return
+            assert time.monotonic() < until, f"no other worker: {done}"
+
+    def status(self) -> dict[str, Any]:
+        done = self.run("status", self.mountpoint, "--json")
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
 
     @property
     def is_mounted(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -286,3 +287,14 @@ def test_a_loop_device_on_the_file(
         subprocess.run(["umount", "-l", where], check=False, capture_output=True, timeout=60)
         subprocess.run(["losetup", "-d", device], check=False, timeout=60)
     assert mount.umount().returncode == 0
+
+
+def test_a_size_that_no_guest_counts_in_is_noted(commands: Commands, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.img"
+    odd.write_bytes(bytes(3 * 512 + 100))
+    note = "its size is no multiple of 512: a guest may not see the last 100 bytes"
+    done = commands.mount(odd)
+    assert (done.returncode, done.stderr) == (0, f"healfs: {note}\n")
+    status = json.loads(commands.run("status", commands.mountpoint, "--json").stdout)
+    assert note in status["notes"] and status["size"] == 3 * 512 + 100
+    assert commands.run("umount", commands.mountpoint).returncode == 0

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from healfs import __version__
+from healfs.cli.main import VERBS
 from healfs.control import mounts
+from tests.docs.test_man import ALIASES
 from tests.fuse.commands import Commands
 from tests.mounts import ROOT
 
@@ -47,7 +49,7 @@ def _laid(stage: Path) -> set[str]:
 
 @pytest.mark.timeout(SECONDS)
 def test_what_it_lays(stage: Path) -> None:
-    pages = [page.stem for page in (ROOT / "man").glob("*.scd")]
+    pages = {page.stem for page in (ROOT / "man").glob("*.scd")} | {*ALIASES}
     assert _laid(stage) == {
         f"{PREFIX}/bin/healfs",
         f"{PREFIX}/lib/systemd/system/healfs@.service",
@@ -62,6 +64,19 @@ def test_what_it_lays(stage: Path) -> None:
     assert named.stdout == ""
     others = [p for p in stage.rglob("*") if not p.is_symlink() and p.stat().st_mode & 0o022]
     assert others == []
+
+
+@pytest.mark.parametrize("name", [*(f"healfs-{verb}" for verb in VERBS), "healfs@.service"])
+def test_man_finds_each_verb(stage: Path, name: str) -> None:
+    if shutil.which("man") is None:
+        pytest.skip("needs man")
+    pages = stage / PREFIX / "share/man"
+    done = subprocess.run(
+        ["man", "-M", pages, "-P", "cat", name], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "NAME" in done.stdout, done.stderr
+    verb = name.removeprefix("healfs-").upper()
+    assert f"\nHEALFS {verb}\n" in done.stdout or name == "healfs@.service"
 
 
 BASH = """
@@ -87,8 +102,12 @@ zpty -d z
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 @pytest.mark.parametrize(
     ("words", "typed", "wanted"),
-    [("healfs", "recon", "reconnect"), ("healfs status", "/", "/srv/vm-one")],
-    ids=["verb", "mountpoint"],
+    [
+        ("healfs", "recon", "reconnect"),
+        ("healfs status", "/", "/srv/vm-one"),
+        ("healfs upgrade", "/", "/srv/vm-one"),
+    ],
+    ids=["verb", "mountpoint", "upgrade"],
 )
 def test_the_shells_complete(
     stage: Path,

@@ -128,10 +128,19 @@ def test_another_disk_gets_the_log(away: Away) -> None:
 def test_another_disk_without_the_log(away: Away) -> None:
     other = away.exchange.image("other")
     away.come_back_as(other, "another", says="description")
+    for verb in "umount", "reconnect":
+        said = away.mount.run(verb, str(away.mount.mountpoint), check=False)
+        (line,) = said.stderr.splitlines()
+        assert said.returncode == 1 and line.count(str(away.mount.mountpoint)) == 1, line
+        assert "another disk came back (its description" in line and "healfs accept" in line
     said = accept(away.mount, "--drop")
     assert said.returncode == 0 and "thrown away" in said.stdout, said
     away.done()
     assert blocks(other) == (bytes(4096), WAITING)
+    events = away.mount.run("events", str(away.mount.mountpoint), "--json").stdout.splitlines()
+    (told,) = [e for e in map(json.loads, events) if e["event"] == "HEALFS_ACCEPTED"]
+    assert told["data"]["uid"] == os.geteuid() and told["data"]["pid"] > 1
+    assert told["data"]["log"] == "dropped" and told["data"]["unflushed"] >= 1
 
 
 def test_consent_is_for_the_disk_that_was_there(away: Away) -> None:
@@ -185,6 +194,8 @@ def test_the_connection_that_hangs_is_given_up(
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     said = mount.run("reconnect", str(mount.mountpoint))
     assert "given up" in said.stdout and "1 unsettled" in said.stdout, said
+    shown = " ".join(mount.run("events", str(mount.mountpoint)).stdout.split())
+    assert f"a new connection was asked for by uid {os.geteuid()} (pid " in shown
     exchange.server.resume()
     # The same bytes go again at once; newer ones wait for the settle time.
     assert disk.answer().value == len(ANSWERED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_with_the_backend_away_it_says_so_at_once_and_holds(
     mount.wait_until(lambda status: status["requests"]["parked"] == 1)
     done = _verb(mount, "pause", "--timeout", "1h")
     assert done.returncode == 1
-    assert "paused, but the backend is away (" in done.stderr
+    assert "paused, but the backend is away (" in done.stderr and "(stop)" not in done.stderr
     assert (
         "1 answered write is in the write log only, 1 request waits; healfs resume" in done.stderr
     )
@@ -153,3 +154,19 @@ def test_a_worker_that_dies_while_it_drains_leaves_the_disk_paused(
     assert _verb(mount, "resume").returncode == 0
     assert writer.answer().value == len(BLOCK)
     assert writer.ok("pread", 0, 8192) == BLOCK * 2
+
+
+def test_the_time_out_holds_when_the_worker_does_not_answer(
+    image: Path, healfs_mount: Mounter
+) -> None:
+    mount = healfs_mount(image)
+    worker = mount.status()["pids"]["worker"]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        before = time.monotonic()
+        done = _verb(mount, "pause", "--timeout", "200ms")
+        took = time.monotonic() - before
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert done.returncode == 1 and "does not answer; try again" in done.stderr
+    assert took < 4, took  # an answer is waited for five seconds, if there is the time

@@ -139,7 +139,7 @@ def test_the_status_follows_an_outage(manager: Manager, server: NbdServer) -> No
     try:
         server.kill()
         writer.ask("pwrite", 0, BLOCK)
-        status = manager.status("stalled since", "1 requests wait (")
+        status = manager.status("stalled since", "1 request waits (")
         assert not any(ord(c) < 32 for c in status)
         server.start()
         assert writer.answer().value == 4096

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 from tests.backends.nbd_servers import NbdServer
@@ -48,17 +49,31 @@ def test_of_writes_to_one_place_the_newest_stays(
     assert read == b"".join(bytes([number]) * 4096 for number in range(8, 0, -1))
 
 
-def test_the_successor_has_the_policy_the_mode_and_the_pause(
+def test_the_successor_has_the_policy_the_owner_the_mode_and_the_pause(
     image: Path, healfs_mount: Mounter, agent: Opener
 ) -> None:
     mount = healfs_mount(image)
-    mount.policy("--werror", "report", "--read-retry-timeout", "7s")
-    os.chmod(mount.file, 0o640)
-    before = mount.status()["policy"]
-    mount.kill_worker()
-    assert mount.status()["policy"] == before
-    assert os.stat(mount.file).st_mode & 0o777 == 0o640
     writer: Agent = agent(mount.file)
+    mount.policy("--werror", "report", "--read-retry-timeout", "7s")
+    os.chown(mount.file, 64055, 108)
+    os.chmod(mount.file, 0o640)
+    mount.run("pause", str(mount.mountpoint))
+    before = mount.status()
+    mount.kill_worker()
+    after = mount.status()
+    assert after["policy"] == before["policy"]
+    assert after["policy"]["read"]["retry_timeout"] == 7
+    assert after["state"] == "paused" and after["since"] == before["since"]
+    assert after["pause"] == before["pause"] and after["pause"]["by"] == "operator"
+    # The kernel keeps attributes for an hour: this asks the successor.
+    stat = ["stat", "--cached=never", "--format=%u %g %a", str(mount.file)]
+    found = subprocess.run(stat, capture_output=True, text=True, check=True, timeout=30).stdout
+    assert found == "64055 108 640\n"
+    writer.ask("pwrite", 0, b"x" * 512)
+    mount.wait_until(lambda status: status["requests"]["parked"] == 1)
+    assert not writer.answered
+    mount.run("resume", str(mount.mountpoint))
+    assert writer.answer().value == 512
     assert writer.do("pwrite", 1 << 40, b"x" * 512).errno == errno.ENOSPC
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,9 @@ from tests.fuse.control import ANSWER, Control
 
 BLOCK = b"x" * 4096
 GENEROUS = 30.0
+# What is promised to end within 5 s takes little more than 2 (measured); so long it may take where
+# others have the machine, too.
+AT_ONCE = 6.0
 
 
 def _mounted(commands: Commands, source: str | Path, *options: str) -> None:
@@ -30,8 +34,6 @@ def _mounted(commands: Commands, source: str | Path, *options: str) -> None:
 
 
 def _status(commands: Commands) -> dict[str, object]:
-    import json
-
     done = commands.run("status", commands.mountpoint, "--json", seconds=ANSWER)
     assert done.returncode == 0, done.stderr
     answer: dict[str, object] = json.loads(done.stdout)
@@ -48,6 +50,23 @@ def away(commands: Commands, server: NbdServer) -> Iterator[tuple[Commands, NbdS
         writer.ask("pwrite", 0, BLOCK)
         _until_parked(commands, 1)
         yield commands, server, writer
+    finally:
+        writer.kill()
+        writer.ended()
+
+
+@pytest.fixture
+def hanging(commands: Commands, server: NbdServer) -> Iterator[tuple[Commands, Agent]]:
+    """A server that answers nothing, with a write in flight, and one answered and not flushed."""
+    _mounted(commands, server.uri())
+    writer = Agent(commands.file)
+    try:
+        assert writer.ok("pwrite", 4096, BLOCK) == 4096
+        pause(server)
+        writer.ask("pwrite", 0, BLOCK)
+        with connect(str(_status(commands)["control"]), ANSWER) as client:
+            Control(client).until(lambda status: status["requests"]["in_flight"] == 1)
+        yield commands, writer
     finally:
         writer.kill()
         writer.ended()
@@ -95,7 +114,8 @@ def test_umount_in_an_outage_says_what_waits_and_leaves_the_mount(
     took = time.monotonic() - before
     assert done.returncode == 1 and took < 15  # it tries for 5 s; the machine is busy
     (line,) = done.stderr.splitlines()
-    assert "1 requests wait" in line and "--force" in line and "away" in line
+    assert line.count(str(commands.mountpoint)) == 1
+    assert "1 request waits" in line and "--force" in line and "the backend is away (" in line
     assert commands.is_mounted and len(commands.processes()) == 2 and not writer.answered
     server.start()
     assert writer.answer().value == 4096
@@ -122,25 +142,26 @@ def test_force_answers_what_is_parked_and_says_so(away: tuple[Commands, NbdServe
     before = time.monotonic()
     done = commands.run("umount", commands.mountpoint, "--force")
     took = time.monotonic() - before
-    assert done.returncode == 0 and took < 10  # 5 s, on a machine of our own
+    assert done.returncode == 0 and took < AT_ONCE
     (line,) = done.stderr.splitlines()
     assert "given up" in line and "1 write (4 KiB)" in line
     assert writer.answer().errno == errno.EIO
     commands.nothing_left()
+    said = commands.run("events", commands.mountpoint, "--json").stdout.splitlines()
+    last = json.loads(said[-1])
+    assert last["event"] == "HEALFS_UNMOUNTED" and last["data"]["uid"] == os.geteuid()
+    assert last["data"]["given_up"]["write"] == {"requests": 1, "bytes": 4096}
+    assert last["data"]["outage_seconds"] > 0
 
 
-def test_force_when_the_server_hangs(commands: Commands, server: NbdServer) -> None:
-    _mounted(commands, server.uri())
-    writer = Agent(commands.file)
-    pause(server)
-    writer.ask("pwrite", 0, BLOCK)
+def test_force_when_the_server_hangs(hanging: tuple[Commands, Agent]) -> None:
+    commands, writer = hanging
     before = time.monotonic()
     done = commands.run("umount", commands.mountpoint, "--force")
-    assert done.returncode == 0 and time.monotonic() - before < 10
+    assert time.monotonic() - before < AT_ONCE
+    assert done.returncode == 0 and "1 write (4 KiB)" in done.stderr
     assert writer.answer().errno == errno.EIO
     commands.nothing_left()
-    writer.kill()
-    writer.ended()
 
 
 def test_in_use_says_by_whom(commands: Commands, image: Path) -> None:
@@ -172,13 +193,30 @@ def test_a_signal_in_an_outage_ends_it_and_logs_what_it_gave_up(
     away: tuple[Commands, NbdServer, Agent], name: str
 ) -> None:
     commands, server, writer = away
-    os.kill(_pids(commands)["keeper"], signal.Signals[name])
-    assert writer.answer().errno == errno.EIO
+    keeper = _pids(commands)["keeper"]
+    before = time.monotonic()
+    os.kill(keeper, signal.Signals[name])
     commands.nothing_left(GENEROUS)
+    assert time.monotonic() - before < AT_ONCE
+    assert writer.answer().errno == errno.EIO
     assert "given up" in commands.log() and "Traceback" not in commands.log()
     # The lock of the export, too: another mount may have it now.
     server.start()
     _mounted(commands, server.uri())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_the_server_hangs_ends_it(
+    hanging: tuple[Commands, Agent], name: str
+) -> None:
+    commands, writer = hanging
+    keeper = _pids(commands)["keeper"]
+    before = time.monotonic()
+    os.kill(keeper, signal.Signals[name])
+    commands.nothing_left(GENEROUS)
+    assert time.monotonic() - before < AT_ONCE
+    assert writer.answer().errno == errno.EIO
+    assert "answered and not flushed: bytes 4096-8191\n" in commands.log()
 
 
 # --- the keeper alone is killed -----------------------------------------------------------------

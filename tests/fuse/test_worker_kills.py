@@ -125,10 +125,16 @@ class Kills:
         os.kill(pid, signal.SIGKILL)
         self.dead.add(pid)
 
-    def at(self, name: str, count: int, attack: Callable[[], None] = lambda: None) -> None:
-        """A worker dies there, with requests under way; `attack` is what brings it there."""
+    def at(
+        self,
+        name: str,
+        count: int,
+        attack: Callable[[], None] = lambda: None,
+        manner: str = "SIGKILL",
+    ) -> None:
+        """A worker ends there, with requests under way; `attack` is what brings it there."""
         self.answered(1)
-        self.points.arm((name, count))
+        self.points.arm((name, count), manner=manner)
         attack()
         self._died(name)
 

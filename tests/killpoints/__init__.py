@@ -1,4 +1,4 @@
-"""Named points at which a test has the worker die by SIGKILL, each seen to have been reached.
+"""Named points at which a test has the worker die or fail, each seen to have been reached.
 
 The workers of a mount that was made inside `kill_points` load worker/sitecustomize.py, which puts
 itself around the methods that pass these points.
@@ -18,7 +18,7 @@ from healfs.compiled import PLAIN
 from tests.backends.nbd_servers import wait_until
 
 WORKER = Path(__file__).parent / "worker"
-SIZE = 64  # bytes of the file `armed`, which the workers map
+SIZE = 128  # bytes of the file `armed`, which the workers map
 SECONDS = 60.0
 
 # The name, and how many passings of it make a moment in full flight.
@@ -38,6 +38,10 @@ SUCCESSOR = {  # of a worker that has died
     "replay-flushed": 1,  # and flushed, and the log does not know of it
 }
 OUTAGE = {"outage": 2}  # tries to connect in vain
+ELSEWHERE = {
+    "received": 40,  # a write was taken from the kernel, and nobody knows of it
+    "beat": 1,  # a task beside the data's
+}
 STATES = {
     "take-over": "stalled",
     "resent": "stalled",
@@ -56,9 +60,12 @@ class KillPoints:
         self._reached.touch()
         self._seen = 0
 
-    def arm(self, *points: tuple[str, int]) -> None:
-        """The worker dies at this passing of this point; its successor at the next, and so on."""
-        chain = ";".join(f"{name} {count}" for name, count in points)
+    def arm(self, *points: tuple[str, int], manner: str = "SIGKILL") -> None:
+        """The worker ends at this passing of this point; its successor at the next, and so on.
+
+        By a signal, or where the `manner` is to raise: an exception, or memory: a MemoryError.
+        """
+        chain = ";".join(f"{name} {count} {manner}" for name, count in points)
         with open(self._armed, "r+b") as file:
             file.write(chain.encode().ljust(SIZE, b"\0"))
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from healfs.compiled import PLAIN
 from tests.backends.nbd_servers import NbdServer, wait_until
 from tests.lossy import server as lossy
 from tests.mounts import ROOT
@@ -201,7 +202,6 @@ def broken(tmp_path: Path, patch: str) -> Iterator[None]:
 
 # Writes leave the log when they are answered, so there is nothing to replay.
 NO_REPLAY = """
-from healfs.compiled import PLAIN
 from healfs.core.writelog import WriteLog
 WriteLog.keep = property(lambda self: False, lambda self, value: None)
 """

@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import trio
-from click.testing import CliRunner, Result
 
 from healfs.cli import log_options, recovery
 from healfs.cli import mount as mount_module
 from healfs.cli import status as status_module
 from healfs.cli import umount as umount_module
-from healfs.cli.main import main
-from healfs.cli.output import CliError
+from healfs.cli.main import VERBS
+from healfs.cli.output import CliError, os_error
 from healfs.cli.policy_options import changes
 from healfs.control import mounts
-from healfs.control.server import Argument, CommandError, ControlServer, Peer, Verb
 from healfs.core.policy import Action, Policy
 from healfs.core.ring import PAGE
 from healfs.core.writelog import WriteLog, memory_size
 from healfs.fuse.wire import MAX_WRITE
+from tests.unit.toy import DEADLINE, Daemon, assert_refused, run
+from tests.unit.toy import daemon as daemon
+from tests.unit.toy import runtime as runtime
 
-DEADLINE = 20
-
-
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(tmp_path / "run"))
-    return tmp_path / "run"
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(a) for a in arguments], prog_name="healfs")
-
-
-def assert_refused(result: Result, *words: str, status: int = 2) -> None:
-    assert result.exit_code == status, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("healfs: ") and result.stderr.count("\n") == 1
-    for word in words:
-        assert word in result.stderr
-
+ON_A_MOUNT = ("status", "events", "policy", "reconnect", "accept --drop", "pause", "resume", "fail")
+ON_A_MOUNT += ("attach", "upgrade", "umount", "doctor")
 
 # --- bad input ----------------------------------------------------------------------------------
 
@@ -115,13 +93,27 @@ def assert_refused(result: Result, *words: str, status: int = 2) -> None:
         ("umount M", ["not a healfs mount"]),
         ("umount M --forc", ["--force"]),
         ("status \x1b]0;evil\x07", ["not a healfs mount"]),
+        ("mount a EMPTY", ["MOUNTPOINT is empty"]),
+        ("mount EMPTY M", ["SOURCE is empty"]),
+        ("mount EMPTY", ["SOURCE is empty"]),
+        ("mount --config EMPTY", ["--config is empty"]),
+        ("mount --config", ["'--config' requires", "; see healfs mount --help"]),
+        ("pause M --timeout", ["'--timeout' requires", "; see healfs pause --help"]),
+        ("accept M --dro", ["Did you mean '--drop'? See healfs accept --help"]),
+        ("policy M --read-then enospc", ["read-then: enospc"]),
+        ("policy M --rerror enospc", ["'--rerror': 'enospc'"]),
+        ("demo --seconds x", ["'x' is not a valid number of seconds; see healfs demo --help"]),
+        ("demo --seconds 2", ["3<=x<=600"]),
+        *((f"{verb} EMPTY", ["MOUNTPOINT is empty; healfs list"]) for verb in ON_A_MOUNT),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
     tmp_path: Path, arguments: str, words: list[str]
 ) -> None:
     (tmp_path / "m").mkdir()
-    result = run(*(a.replace("M", str(tmp_path / "m")) for a in arguments.split(" ") if a))
+    words_ = {"M": str(tmp_path / "m"), "EMPTY": ""}
+    given = [words_.get(word, word) for word in arguments.split(" ") if word]
+    result = run(*(word.replace("M/", f"{tmp_path}/m/") for word in given))
     assert_refused(result, *words)
     assert "\x1b" not in result.stderr and "\x07" not in result.stderr
 
@@ -169,6 +161,22 @@ def test_a_request_timeout_of_the_kernel_is_refused(
     assert_refused(run("mount", "a", tmp_path / "m"), f"sysctl fs.fuse.{name}=0")
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, option: str) -> None:
+    result = run(verb, option)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"Usage: healfs {verb} ")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_whatever_prints_a_table_prints_json_too(verb: str) -> None:
+    module, _, name = VERBS[verb].partition(":")
+    tables = {"table", "fields"} & vars(importlib.import_module(module)).keys()
+    options = {o for p in getattr(importlib.import_module(module), name).params for o in p.opts}
+    assert ("--json" in options) == bool(tables)
+
+
 def test_help_and_version_and_an_empty_list() -> None:
     assert run("--version").stdout.startswith("healfs 0")
     assert "umount" in run("--help").stdout
@@ -206,100 +214,6 @@ def test_a_source_is_the_same_from_any_directory(
 
 
 # --- a daemon -----------------------------------------------------------------------------------
-
-
-class Daemon:
-    """A toy in a thread of its own, with a real claim, socket and process to wait for."""
-
-    def __init__(self, mountpoint: str) -> None:
-        self.policy = Policy()
-        self.status: dict[str, Any] = {"mountpoint": mountpoint, "state": "ready"}
-        self.refusal = ""
-        self.accepted: bool | None = None
-        self.process = subprocess.Popen(["sleep", "60"])
-        self.claim = mounts.claim(mountpoint)
-        self.listener = self.claim.listen()
-        self.mount = self.claim.record(
-            mountpoint=mountpoint,
-            file=f"{mountpoint}/disk.img",
-            source="/src",
-            keeper=self.process.pid,
-            worker=0,
-            log="/log",
-        )
-        self._thread: threading.Thread | None = None
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._scope = trio.CancelScope()
-
-    def start(self) -> None:
-        started = threading.Event()
-        commands = {
-            "healfs-query-status": Verb(lambda arguments, peer: self.status),
-            "healfs-set-policy": Verb(
-                self._set_policy,
-                {"read": Argument(dict, optional=True), "write": Argument(dict, optional=True)},
-            ),
-            "healfs-umount": Verb(self._umount, {"force": Argument(bool)}),
-            "healfs-reconnect": Verb(lambda arguments, peer: {}),
-            "healfs-fail": Verb(lambda arguments, peer: {"failed": 3}),
-            "healfs-accept": Verb(self._accept, {"replay": Argument(bool)}),
-        }
-
-        async def serve() -> None:
-            self._token = trio.lowlevel.current_trio_token()
-            started.set()
-            with self._scope:
-                await ControlServer(commands, version="0").serve(self.listener)
-
-        self._thread = threading.Thread(target=trio.run, args=(serve,), daemon=True)
-        self._thread.start()
-        assert started.wait(DEADLINE)
-
-    def _set_policy(self, arguments: dict[str, Any], peer: Peer) -> Any:
-        self.policy = self.policy.change(
-            *(
-                {k: Action(v) if k in ("error", "then") else v for k, v in keys.items()}
-                for keys in (arguments.get("read", {}), arguments.get("write", {}))
-            )
-        )
-        return self.policy.as_dict()
-
-    def _umount(self, arguments: dict[str, Any], peer: Peer) -> Any:
-        if self.refusal and not arguments["force"]:
-            raise CommandError(self.refusal)
-        self.process.kill()
-        return {"given_up": {"write": {"requests": 3, "bytes": 4096}} if self.refusal else {}}
-
-    def _accept(self, arguments: dict[str, Any], peer: Peer) -> Any:
-        if self.refusal:
-            raise CommandError(self.refusal)
-        self.accepted = arguments["replay"]
-        if self.accepted:
-            self.status["state"] = "replaying"
-        return {}
-
-    def stop(self) -> None:
-        """The daemon dies; its files stay."""
-        if self._thread is not None and self._token is not None:
-            self._token.run_sync_soon(self._scope.cancel)
-            self._thread.join(DEADLINE)
-            self._thread = None
-        self.listener.close()
-
-    def close(self) -> None:
-        self.stop()
-        self.process.kill()
-        self.process.wait(DEADLINE)
-        self.claim.release()
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
-    (tmp_path / "mnt").mkdir()
-    result = Daemon(str(tmp_path / "mnt"))
-    yield result
-    result.close()
-
 
 FULL = {
     "state": "stalled",
@@ -388,6 +302,58 @@ def test_a_dead_daemon_is_told_and_umount_clears_it(daemon: Daemon) -> None:
     assert run("list").stdout == "no mounts\n"
 
 
+def test_each_error_says_what_to_do_next(daemon: Daemon, tmp_path: Path, runtime: Path) -> None:
+    """What is wrong; what to do."""
+    at = daemon.mount.mountpoint
+    (tmp_path / "file").touch()
+    (tmp_path / "m").mkdir()
+    daemon.status |= {"state": "mismatch", "reason": "it has 5 bytes"}
+    for arguments, wrong, next_step in (
+        (("mount", "a", "/proc"), "something is mounted there already", "take another directory"),
+        (("mount", "a", tmp_path / "file"), "not a directory", "is an empty directory"),
+        (("mount", "a", tmp_path / "none"), "no such directory", "mkdir -p"),
+        (("mount", "a", "/etc"), "not empty", "take an empty directory"),
+        (("mount", "--config", "/none.toml"), "/none.toml: No such file", "correct the path"),
+        (("mount", "--config", tmp_path), "Is a directory", "give a file"),
+        (("mount", "x://y", tmp_path / "m"), "unknown scheme", "there are a path, nbd://"),
+        (("status", tmp_path), "not a healfs mount", "healfs list shows"),
+    ):
+        result = run(*arguments)
+        assert_refused(result, wrong, next_step)
+        assert result.stderr.index(wrong) < result.stderr.index(next_step)
+    daemon.stop()
+    for verb in ON_A_MOUNT:
+        if verb.split()[0] not in ("events", "umount", "doctor"):  # which need no daemon
+            result = run(*verb.split(), at)
+            assert_refused(result, "gone", f"see /log; healfs umount {at} clears", status=1)
+    for verb in "status", "list":
+        result = run(verb)
+        assert "dead" in result.stdout
+        assert result.stderr == (
+            f"healfs: {at}: the daemon is gone; see /log; healfs umount {at} clears what it left\n"
+        )
+
+
+def test_a_daemon_that_does_not_answer_is_told_with_a_next_step(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_module, "_TIMEOUT", 0.1)
+    result = run("status")
+    assert "no answer" in result.stdout
+    assert "does not answer; try again (a worker that hangs is replaced), or see" in result.stderr
+
+
+def test_upgrade_without_a_keeper_says_that_only_a_keeper_can(daemon: Daemon) -> None:
+    result = run("upgrade", daemon.mount.mountpoint)  # somebody listens: the worker lives
+    assert_refused(result, "the keeper is gone", "then mount again", status=1)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS])
+def test_what_the_system_refuses_has_a_next_step(number: int) -> None:
+    text = os_error(OSError(number, os.strerror(number), "/path"))
+    assert text.startswith(f"/path: {os.strerror(number)}; ")
+
+
 def test_policy_shows_and_changes(daemon: Daemon) -> None:
     daemon.status["policy"] = daemon.policy.as_dict()
     daemon.start()
@@ -397,6 +363,15 @@ def test_policy_shows_and_changes(daemon: Daemon) -> None:
     assert daemon.policy.write.then is Action.ENOSPC
     assert daemon.policy.read.then is Action.REPORT
     assert daemon.policy.read.retry_timeout == daemon.policy.write.retry_timeout == 120
+
+
+def test_policy_as_json(daemon: Daemon) -> None:
+    daemon.status["policy"] = daemon.policy.as_dict()
+    daemon.start()
+    shown = json.loads(run("policy", daemon.mount.mountpoint, "--json").stdout)
+    assert shown == daemon.policy.as_dict()
+    changed = run("policy", daemon.mount.mountpoint, "--werror", "stop", "--json").stdout
+    assert json.loads(changed) == daemon.policy.as_dict() != shown
 
 
 def test_reconnect_says_what_it_left(daemon: Daemon) -> None:
@@ -504,101 +479,3 @@ def test_a_record_that_is_broken_is_not_listed(daemon: Daemon) -> None:
 def test_logs_of_like_mountpoints_differ() -> None:
     assert mounts.log_path("/a/b") != mounts.log_path("/a-b")
     assert len(mounts.log_path("/" + "x" * 4000).name) < 255
-
-
-# --- starting the daemon ------------------------------------------------------------------------
-
-
-def start_mount(tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    (tmp_path / "m").mkdir()
-    command = [sys.executable, "-m", "healfs.cli.main", "mount"]
-    return subprocess.Popen(
-        [*command, f"nbd+unix:///?socket={tmp_path}/absent", str(tmp_path / "m"), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("options", [(), ("--foreground",)])
-def test_what_ends_the_waiting_leaves_nothing(
-    tmp_path: Path, runtime: Path, number: signal.Signals, options: tuple[str, ...]
-) -> None:
-    with start_mount(tmp_path, *options) as process:
-        watchdog = threading.Timer(DEADLINE, process.kill)
-        watchdog.start()
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        while not line.startswith("healfs: ") and line:  # the daemon's log, in the foreground
-            line = process.stderr.readline()
-        assert "Ctrl-C ends it" in line
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=DEADLINE)
-        watchdog.cancel()
-    assert (process.returncode, output) == (130, "")
-    assert "healfs: interrupted; nothing is mounted\n" in errors
-    logs = "".join(path.read_text() for path in runtime.glob("log/*"))
-    assert "Traceback" not in errors + logs
-    assert [entry.name for entry in runtime.iterdir() if entry.name != "log"] == []
-    of_ours = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False)
-    assert of_ours.stdout == b""
-
-
-def a_daemon_that_says(monkeypatch: pytest.MonkeyPatch, script: str) -> list[Any]:
-    """Returns the processes that `healfs mount` starts as its keeper."""
-    start, keepers = subprocess.Popen, []
-
-    def popen(command: list[str], **options: Any) -> Any:
-        if command[0] != sys.executable:
-            return start(command, **options)
-        text = f"import sys; sys.stdin.read(); f = open({command[-1]}, 'w')\n{script}"
-        keepers.append(start([sys.executable, "-c", text], **options))
-        return keepers[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    return keepers
-
-
-READY = {"event": "ready", "file": "/m/disk.img", "notes": ["no\nlocks"], "write_log_off": "why"}
-
-
-def test_what_the_backend_cannot_promise_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keepers = a_daemon_that_says(monkeypatch, f"print({json.dumps(READY)!r}, file=f)")
-    (tmp_path / "m").mkdir()
-    result = run("mount", "a", tmp_path / "m")
-    keepers[0].wait(DEADLINE)
-    assert (result.exit_code, result.stdout) == (0, "/m/disk.img\n")
-    assert result.stderr == "healfs: no locks\nhealfs: no write log: why\n"
-
-
-REFUSAL = {"event": "error", "message": "no\nway", "status": 2}
-
-
-@pytest.mark.parametrize(
-    ("script", "words", "status"),
-    [
-        (f"print({json.dumps(REFUSAL)!r}, file=f)", "no way", 2),
-        ("raise SystemExit(3)", "the daemon died; see ", 1),
-        ("print('garbage', file=f)", "the daemon died; see ", 1),
-    ],
-)
-def test_a_daemon_that_does_not_come_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str, status: int
-) -> None:
-    (tmp_path / "m").mkdir()
-    a_daemon_that_says(monkeypatch, script)
-    assert_refused(run("mount", "a", tmp_path / "m"), words, status=status)
-
-
-def test_the_socket_module_is_what_limits_the_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    longest = tmp_path / ("x" * 100)
-    monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(longest))
-    with pytest.raises(mounts.MountsError, match="too long"):
-        mounts.claim("/mnt")
-    with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError, match="too long"):
-        probe.bind(str(longest / "control"))

@@ -112,6 +112,7 @@ def test_a_configuration_survives_the_way_to_the_keeper() -> None:
         log_entries=2048,
         settle=0.5,
         fence='fence "a b"',
+        allow_uid=(107,),
     )
     assert MountConfig.from_json(config.to_json()) == config
 

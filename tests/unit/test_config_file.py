@@ -55,12 +55,14 @@ def test_every_kind_of_value(tmp_path: Path, mount: Mount) -> None:
         'log-size = "128M"',
         "log-entries = 2048",
         "settle = '7s'",
+        "allow-uid = [107, 1000]",
     )
     result, (config,) = mount("vm1")
     assert result.exit_code == 0, result.output
     assert (config.source, config.mountpoint) == ("nbd://nas/vm1", f"{tmp_path}/mnt")
     assert config.policy.read.retry_interval == 0.2
     assert config.policy.write.error is Action.STOP
+    assert config.allow_uid == (107, 1000)
     assert (config.allow_other, config.read_only) == (True, False)
     assert (config.log_size, config.log_entries, config.settle) == (128 << 20, 2048, 7.0)
 
@@ -93,7 +95,8 @@ def test_source_and_mountpoint_need_no_file(tmp_path: Path, mount: Mount) -> Non
         (["", "retry_interval = '1s'"], "4: retry_interval: unknown key; did you mean retry-inter"),
         (["[policy]", "rerror = 'stop'"], "3: policy: unknown key; healfs.toml(5) has the keys"),
         (["policy.rerror = 'stop'"], "3: policy: unknown key"),
-        (["config = 'x'"], "3: config: unknown key"),
+        (["config = 'x'"], "3: config: not in a file"),
+        (["create = '16M'"], "3: create: not in a file, which is read at each mount; create the"),
         (["settle = '3x'"], "3: settle: '3x' is not a duration"),
         (["settle = 3"], "3: settle: '3' is not a duration"),
         (["read-only = 'yes'"], "3: read-only: true or false is expected"),
@@ -102,6 +105,10 @@ def test_source_and_mountpoint_need_no_file(tmp_path: Path, mount: Mount) -> Non
         (["werror = ['stop']"], "3: werror: write a string or a number"),
         (["log-entries = 1.5"], "3: log-entries: write a string or a number"),
         (["fault = 'drill.toml'"], "3: fault: drill.toml: write an absolute path"),
+        (["allow-uid = 7"], "3: allow-uid: write a list, such as [107]"),
+        (["allow-uid = [true]"], "3: allow-uid: no bool is expected"),
+        (["allow-uid = ['x']"], "3: allow-uid: 'x' is not a valid integer"),
+        (["allow-uid = [-1]"], "3: allow-uid: -1 is not in the range"),
         (["x = "], "Invalid value (at line 3, column 5)"),
         (["a" * (1 << 20)], "longer than 1048576 bytes"),
         (["[" * 100_000], "vm1.toml:"),

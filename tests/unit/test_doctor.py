@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import healfs
+from healfs.core.states import State
 from healfs.doctor import disk, guests, host
 from healfs.doctor.finding import Finding, Level
 
@@ -27,16 +31,32 @@ def root(tmp_path: Path) -> Path:
         ("proc/sys/kernel/hung_task_timeout_secs", "0\n"),
         ("proc/sys/kernel/io_uring_disabled", "0\n"),
         ("sys/module/fuse/parameters/max_user_bgreq", "65535\n"),
+        ("bin/fusermount3", ""),
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
+    (tmp_path / "bin/fusermount3").chmod(0o4755)
     (tmp_path / "sys/fs/fuse/connections").mkdir(parents=True)
     return tmp_path
 
 
 def look(root: Path, release: str = "6.9.0", uid: int = 1000, **more: Any) -> dict[str, Finding]:
-    given = host.Host(root, release, uid, **{"memlock": -1, "which": lambda name: name, **more})
-    return {finding.check: finding for finding in host.examine(given)}
+    there = {"memlock": -1, "which": lambda name: f"/bin/{name}"}
+    found = host.examine(host.Host(root, release, uid, **{**there, **more}))
+    assert all_can_be_mended(found, "sudo " if uid else "")
+    return {finding.check: finding for finding in found}
+
+
+def all_can_be_mended(found: list[Finding], root: str = "") -> bool:
+    """A line for a shell: a known command with its arguments, or a comment. None for what is ok."""
+    known = (
+        rf"# |healfs [a-z]+|{root}(sysctl|modprobe|chmod|apt-get|mount) |echo \S.* \| {root}tee "
+    )
+    return all(
+        bool(re.match(f"{known}|ulimit ", f.mend)) is (f.level is not Level.OK)
+        and subprocess.run(["sh", "-n", "-c", f.mend]).returncode == 0
+        for f in found
+    )
 
 
 def test_a_host_on_which_all_is_well(root: Path) -> None:
@@ -46,12 +66,12 @@ def test_a_host_on_which_all_is_well(root: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "text", "check", "level", "mend"),
     [
-        ("proc/sys/fs/fuse/default_request_timeout", "30", "", Level.ERROR, "sysctl -w fs.fuse.de"),
+        ("proc/sys/fs/fuse/default_request_timeout", "30", "", Level.ERROR, "fs.fuse.default_r"),
         ("proc/sys/fs/fuse/max_request_timeout", "60", "", Level.ERROR, "sysctl -w fs.fuse.max_r"),
         ("proc/sys/fs/fuse/max_pages_limit", "32", "", Level.NOTE, "max_pages_limit=256"),
-        ("etc/fuse.conf", "#user_allow_other", "/etc/fuse.conf", Level.NOTE, "user_allow_other"),
-        ("sys/module/fuse/parameters/max_user_bgreq", "127", "", Level.WARNING, "echo 65535 >"),
-        ("proc/sys/kernel/hung_task_timeout_secs", "120", "", Level.NOTE, ""),
+        ("etc/fuse.conf", "#user_allow_other", "/etc/fuse.conf", Level.NOTE, "tee -a /etc/fuse"),
+        ("sys/module/fuse/parameters/max_user_bgreq", "127", "", Level.WARNING, "echo 65535 |"),
+        ("proc/sys/kernel/hung_task_timeout_secs", "120", "", Level.NOTE, "timeout_secs=0"),
         ("proc/sys/kernel/io_uring_disabled", "1", "", Level.NOTE, "io_uring_disabled=0"),
         ("proc/self/mountinfo", "", "fusectl", Level.WARNING, "mount -t fusectl"),
     ],
@@ -62,16 +82,20 @@ def test_each_setting(
     (root / path).write_text(text)
     (bad,) = (finding for finding in look(root).values() if finding.level is not Level.OK)
     assert check or bad.check.endswith(Path(path).name)
-    assert bad.level is level and mend in bad.mend and bool(mend) == bool(bad.mend)
+    assert bad.level is level and mend in bad.mend
 
 
 def test_what_no_file_tells(root: Path) -> None:
     assert look(root, "6.1.0-42-amd64")["kernel"].level is Level.ERROR
     assert look(root, "10.0")["kernel"].level is Level.OK
     assert look(root, memlock=8 << 20)["memlock"].level is Level.WARNING
-    assert "apt install fuse3" in look(root, which=lambda name: None)["fusermount3"].mend
+    assert look(root, memlock=64 << 20).keys() == look(root, memlock=None).keys()
+    assert "apt-get install fuse3" in look(root, which=lambda name: None)["fusermount3"].mend
+    (root / "bin/fusermount3").chmod(0o755)
+    assert look(root)["fusermount3"].mend == "sudo chmod u+s /bin/fusermount3"
     (root / "dev/fuse").unlink()
-    assert look(root)["/dev/fuse"].mend == "modprobe fuse"
+    assert look(root)["/dev/fuse"].mend == "sudo modprobe fuse"
+    assert look(root, uid=0)["/dev/fuse"].mend == "modprobe fuse"
 
 
 def test_a_host_that_panics(root: Path) -> None:
@@ -98,7 +122,9 @@ def process(proc: Path, *command: str, opened: str = FILE, pid: int = 7) -> None
 
 def one(proc: Path, *command: str, program: str = "/usr/bin/qemu-system-x86_64") -> list[Finding]:
     process(proc, program, *command)
-    return guests.examine(FILE, MOUNTPOINT, proc)
+    found = guests.examine(FILE, MOUNTPOINT, proc)
+    assert all_can_be_mended(found)
+    return found
 
 
 def blockdev(**keys: Any) -> str:
@@ -135,6 +161,8 @@ def test_libvirts_nodes_are_followed_to_the_device(tmp_path: Path) -> None:
     "arguments",
     [
         ("-drive", f"file={FILE},if=virtio,cache=unsafe"),
+        ("-drive", f"file={FILE},if=virtio,cache.no-flush=on"),
+        ("-drive", f"file.filename={FILE},if=virtio,file.cache.no-flush=on"),
         ("-blockdev", f"driver=file,filename={FILE},node-name=d,cache.no-flush=on"),
         (
             "-blockdev",
@@ -148,13 +176,110 @@ def test_libvirts_nodes_are_followed_to_the_device(tmp_path: Path) -> None:
     ],
 )
 def test_flushes_that_are_thrown_away(tmp_path: Path, arguments: tuple[str, str]) -> None:
-    (finding,) = one(tmp_path, *arguments)
+    (finding,) = one(tmp_path, *arguments, "-device", "virtio-blk-pci,drive=d")
     assert finding.level is Level.ERROR and "flushes are thrown away" in finding.text
 
 
-def test_a_drive_without_an_interface_is_ide(tmp_path: Path) -> None:
-    (finding,) = one(tmp_path, "-drive", f"file={FILE}")
-    assert finding.level is Level.WARNING and "IDE" in finding.text
+NODE = ("-blockdev", f"driver=file,filename={FILE},node-name=d")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bus"),
+    [
+        (("-drive", f"file={FILE}"), "ide (IDE or SATA)"),
+        (("-hda", FILE), "ide (IDE or SATA)"),
+        (("-cdrom", FILE), "ide (IDE or SATA)"),
+        ((FILE,), "ide (IDE or SATA)"),
+        (("-nographic", FILE), "ide (IDE or SATA)"),
+        (("-no-hpet", "-m", "1G", "-hdb", FILE, "-name", "x"), "ide (IDE or SATA)"),
+        ((*NODE, "-device", "lsi53c895a", "-device", "scsi-hd,drive=d"), "lsi53c895a, scsi-hd (S"),
+        ((*NODE, "-device", "usb-uas", "-device", "scsi-hd,drive=d"), "usb-uas, scsi-hd (USB)"),
+        ((*NODE, "-device", "nvme,drive=d,serial=1"), "nvme (NVMe)"),
+        (
+            (
+                *(*NODE, "-device", "virtio-scsi-pci,id=a", "-device", "megasas,id=b"),
+                *("-device", "scsi-hd,bus=b.0,drive=d"),
+            ),
+            "megasas, scsi-hd (SCSI)",
+        ),
+    ],
+    ids=str,
+)
+def test_guests_that_give_up(tmp_path: Path, arguments: tuple[str, ...], bus: str) -> None:
+    (finding,) = one(tmp_path, *arguments)
+    assert finding.level is Level.WARNING and finding.text.startswith(bus)
+
+
+def test_a_scsi_disk_on_virtio_is_well(tmp_path: Path) -> None:
+    adapters = ("-device", "virtio-scsi-pci,id=a", "-device", "lsi53c895a,id=b")
+    (finding,) = one(tmp_path, *NODE, *adapters, "-device", "scsi-hd,bus=a.0,drive=d")
+    assert finding.level is Level.OK and "virtio-scsi-pci, scsi-hd" in finding.text
+
+
+def test_a_descriptor_that_was_passed(tmp_path: Path) -> None:
+    """What it is nobody says; with a single one there is no doubt."""
+    passed = ("-blockdev", "driver=file,filename=/dev/fdset/2,node-name=d,aio=native")
+    device = ("-device", "virtio-blk-pci,drive=d")
+    (finding,) = one(tmp_path, "-add-fd", "fd=9,set=2", *passed, *device)
+    assert finding.level is Level.ERROR and "aio=native" in finding.text
+    process(
+        tmp_path,
+        *("qemu-system-x86_64", *passed, *device, "-blockdev"),
+        "driver=file,filename=/dev/fdset/3,node-name=e",
+        pid=8,
+    )
+    found = guests.examine(FILE, MOUNTPOINT, tmp_path)
+    assert {f.level for f in found if "pid 8" in f.check} == {Level.NOTE}
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        ("qemu-system-x86_64", (), "not name the disk's file"),
+        ("qemu-system-x86_64", ("-readconfig", "/etc/vm1.cfg"), "not name the disk's file"),
+        ("qemu-system-x86_64", ("-kernel", FILE), "not name the disk's file"),
+        ("qemu-system-x86_64", NODE, "no device"),
+        ("qemu-system-x86_64", ("-drive", f"if=scsi,file={FILE}"), "scsi: how long"),
+        ("qemu-system-x86_64", (*NODE, "-device", "floppy,drive=d"), "floppy: how long"),
+        ("qemu-system-x86_64", (*NODE, "-device", "scsi-hd,drive=d"), "scsi-hd: how long"),
+        ("qemu-system-aarch64", ("-drive", f"file={FILE}"), "the machine's own bus: how long"),
+        (
+            "qemu-system-x86_64",
+            (
+                *(*NODE, "-device", "virtio-scsi-pci", "-device", "lsi53c895a"),
+                *("-device", "scsi-hd,drive=d"),
+            ),
+            "scsi-hd: how long",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_command_line_does_not_say(
+    tmp_path: Path, program: str, arguments: tuple[str, ...], words: str
+) -> None:
+    (finding,) = one(tmp_path, *arguments, program=program)
+    assert finding.level is Level.NOTE and words in finding.text
+
+
+def test_a_name_from_where_it_was_started(tmp_path: Path) -> None:
+    process(tmp_path, "qemu-system-x86_64", "-hda", "vm1/../vm1/disk.img")
+    (tmp_path / "7/cwd").symlink_to("/srv")
+    assert [f.level for f in guests.examine(FILE, MOUNTPOINT, tmp_path)] == [Level.WARNING]
+
+
+def test_a_machine_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody may list its descriptors; what it was told to open is to be seen."""
+    process(tmp_path, "qemu-system-x86_64", "-drive", f"file={FILE},if=virtio", pid=7)
+    process(tmp_path, "qemu-system-x86_64", "-drive", "file=/other,if=virtio", pid=8)
+    listed = Path.iterdir
+
+    def iterdir(self: Path) -> Any:
+        if self.name == "fd":
+            raise PermissionError
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert [guest.pid for guest in guests.guests_of(FILE, tmp_path)] == [7]
 
 
 def test_a_comma_in_a_name(tmp_path: Path) -> None:
@@ -190,22 +315,56 @@ def status(**changed: Any) -> dict[str, Any]:
 
 def test_a_disk_with_which_all_is_well() -> None:
     assert {finding.level for finding in disk.examine(status())} == {Level.OK}
+    one = disk.examine(status(backend={"multi_conn": False}))
+    assert {finding.level for finding in one} == {Level.OK}
+    read_only = {"values": {"read_only": {"value": True}}}
+    found = disk.examine(status(configuration=read_only, backend={"discard": False}))
+    assert {finding.level for finding in found} == {Level.OK}
 
 
 @pytest.mark.parametrize(
-    ("changed", "level", "words"),
+    ("changed", "level", "mend"),
     [
-        ({"state": "stalled", "reason": "refused"}, Level.WARNING, "stalled: refused"),
-        ({"backend": {"flush": False}}, Level.ERROR, "cannot flush"),
-        ({"backend": {"write_zeroes": False}}, Level.NOTE, "zeroes are written as data"),
-        ({"backend": {"multi_conn": False}}, Level.NOTE, "one connection"),
-        ({"notes": ["the keeper is gone"]}, Level.WARNING, "the keeper is gone"),
-        ({"policy": {"write": {"werror": "report"}}}, Level.NOTE, "not waited out"),
+        ({"state": "stalled", "reason": "refused"}, Level.WARNING, "healfs reconnect"),
+        ({"state": "connecting"}, Level.WARNING, f"healfs events {MOUNTPOINT}"),
+        ({"state": "replaying"}, Level.WARNING, f"healfs status {MOUNTPOINT}"),
+        ({"state": "paused"}, Level.WARNING, f"healfs resume {MOUNTPOINT}"),
+        ({"state": "mismatch"}, Level.WARNING, "healfs accept"),
+        ({"state": "faulted"}, Level.ERROR, "healfs umount --force"),
+        ({"state": "closed"}, Level.WARNING, f"healfs status {MOUNTPOINT}"),
+        ({"backend": {"flush": False}}, Level.ERROR, "flush = true"),
+        (
+            {"backend": {"flush": False}, "notes": ["the server cannot flush: nothing is"]},
+            *(Level.ERROR, "flush = true"),
+        ),
+        ({"backend": {"write_zeroes": False}}, Level.NOTE, "qemu-nbd"),
+        ({"source": "/a", "backend": {"write_zeroes": False}}, Level.NOTE, "XFS"),
+        ({"backend": {"discard": False}}, Level.NOTE, "--discard=unmap"),
+        ({"backend": {"fua": False}}, Level.NOTE, "fua = true"),
+        ({"notes": ["the keeper is gone: the"]}, Level.WARNING, f"healfs umount {MOUNTPOINT}"),
+        ({"notes": ["the write log's 65 MiB of memory"]}, Level.WARNING, "LimitMEMLOCK"),
+        ({"notes": ["news"]}, Level.WARNING, "healfs-semantics(7)"),
+        ({"policy": {"write": {"werror": "report"}}}, Level.NOTE, "healfs policy --werror retry"),
+        (
+            {"mountpoint": "/a b", "state": "paused"},
+            *(Level.WARNING, "healfs resume '/a b'"),
+        ),
     ],
+    ids=str,
 )
-def test_each_thing_a_disk_lacks(changed: dict[str, Any], level: Level, words: str) -> None:
-    (bad,) = (f for f in disk.examine(status(**changed)) if f.level is not Level.OK)
-    assert bad.level is level and words in bad.text
+def test_each_thing_a_disk_lacks(changed: dict[str, Any], level: Level, mend: str) -> None:
+    found = disk.examine(status(**changed))
+    (bad,) = (f for f in found if f.level is not Level.OK)
+    assert bad.level is level and mend in bad.mend and all_can_be_mended(found)
+
+
+def test_every_state_and_note_has_a_mend_of_its_own() -> None:
+    assert {*disk._STATES, "ready", "closed"} == set(State)
+    code = "".join(path.read_text() for path in Path(healfs.__file__).parent.rglob("*.py"))
+    doctors = Path(disk.__file__).read_text()
+    for begin in disk._NOTES:
+        # Where the text is made, and in the table.
+        assert code.count(f'"{begin}') > doctors.count(f'"{begin}'), begin
 
 
 def test_a_disk_that_nobody_knows_yet() -> None:

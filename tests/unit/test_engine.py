@@ -333,6 +333,18 @@ def test_an_exception_in_an_effect_latches(caplog):
     assert play.state == "closed"
 
 
+def test_what_was_in_flight_at_a_fault_is_not_answered(caplog):
+    play = Playbook()
+    play.write("a")
+    play.flush("f")
+    play.read("r", 1)
+    play.engine.fault("a test")
+    play.ok("a", "r", "f")
+    assert not play.answers
+    play.engine.fail_all()
+    assert set(play.answers) == {"a", "f", "r"}
+
+
 def test_a_second_completion_latches(caplog):
     play = Playbook()
     play.write("a")

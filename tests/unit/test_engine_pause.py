@@ -115,3 +115,29 @@ def test_the_operator_takes_over_a_pause_of_the_policy():
     play.engine.resume()
     play.engine.pause()
     assert not play.engine.no_space
+
+
+def test_paused_in_an_outage_the_reason_is_why_the_backend_is_away():
+    play = cached()
+    play.lose()
+    play.refuse()
+    why = play.engine.status()["reason"]
+    assert why
+    play.engine.pause()
+    assert play.engine.status()["reason"] == why
+    play.up(volatile_cache=True)
+    assert pause(play)["away"] is False
+    assert play.engine.status()["reason"] == "stop"
+
+
+def test_the_acceptance_of_another_disk_is_told_when_it_comes_to_pass():
+    play = cached()
+    play.write("a")
+    play.ok("a")
+    play.lose()
+    play.up(mismatch="it is disk B", volatile_cache=True)
+    play.engine.accept(replay=False, who={"uid": 7, "pid": 8})
+    assert not play.told("HEALFS_ACCEPTED")
+    play.up(mismatch="it is disk B", volatile_cache=True)
+    said = {"uid": 7, "pid": 8, "log": "dropped", "unflushed": 1}
+    assert play.told("HEALFS_ACCEPTED") == [said]

@@ -156,6 +156,13 @@ def test_what_a_person_did_is_told_at_once_and_in_order():
     assert throttle.pause is None
 
 
+def test_the_workers_end_by_an_internal_error_is_told_at_once():
+    throttle = Throttle()
+    flap(throttle, BURST + 3, NOW, 0)
+    told = throttle.offer("HEALFS_FAULTED", {"reason": "internal error"}, NOW)
+    assert [name for name, _, _ in told] == ["HEALFS_OUTAGE", "HEALFS_FAULTED"]
+
+
 def test_the_same_again_is_not_told():
     throttle = Throttle()
     failed = "HEALFS_FENCE_FAILED", {"reason": "status 1"}
@@ -175,6 +182,26 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
     ("HEALFS_MOUNTED", {"source": "/srv/vm1.img"}, "mounted /srv/vm1.img"),
     ("HEALFS_UNMOUNTED", {}, "unmounted"),
     ("HEALFS_UNMOUNTED", {"reason": "signal 9"}, "unmounted: signal 9"),
+    (
+        "HEALFS_UNMOUNTED",
+        {
+            "uid": 0,
+            "pid": 7,
+            "outage_seconds": 12.0,
+            "given_up": {"unflushed": {"requests": 2, "bytes": 8192}},
+        },
+        "unmounted by uid 0 (pid 7), in an outage of 12s; given up: 2 unflushed (8 KiB)",
+    ),
+    (
+        "HEALFS_ACCEPTED",
+        {"uid": 0, "pid": 7, "log": "dropped", "unflushed": 1},
+        "the other disk was accepted by uid 0 (pid 7): 1 unflushed write dropped",
+    ),
+    (
+        "HEALFS_RECONNECT",
+        {"uid": 0, "pid": 7},
+        "a new connection was asked for by uid 0 (pid 7)",
+    ),
     ("HEALFS_OUTAGE", {"kind": "away", "reason": "r"}, "outage: the backend is away: r"),
     ("HEALFS_OUTAGE", {"kind": "worker", "reason": ""}, "outage: the worker died"),
     (
@@ -218,7 +245,7 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
     (
         "HEALFS_POLICY_CHANGED",
         {"uid": 0, "pid": 7, **POLICIES},
-        "policy changed by uid 0 (pid 7): read retry timeout 0.0 -> 5.0, werror retry -> report",
+        "policy changed by uid 0 (pid 7): read retry timeout 0 -> 5s, werror retry -> report",
     ),
     (
         "HEALFS_FAILED",
@@ -229,9 +256,15 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
         },
         "4 requests that waited were failed by uid 0 (pid 7)",
     ),
+    (
+        "HEALFS_FAILED",
+        {"uid": 0, "pid": 7, "requests": {"read": {"requests": 1, "bytes": 0}}},
+        "1 request that waited was failed by uid 0 (pid 7)",
+    ),
     ("STOP", {"by": "operator", "uid": 0, "pid": 7}, "paused by uid 0 (pid 7)"),
     ("STOP", {"by": "policy", "reason": "no space"}, "paused: no space"),
     ("HEALFS_DRAINED", {"unflushed": 0}, "drained"),
+    ("HEALFS_DRAINED", {"unflushed": 1}, "drained, 1 answered write not flushed"),
     ("HEALFS_DRAINED", {"unflushed": 4}, "drained, 4 answered writes not flushed"),
     ("RESUME", {"uid": 0, "pid": 7}, "resumed by uid 0 (pid 7)"),
     ("RESUME", {}, "resumed: the policy changed"),

@@ -138,6 +138,7 @@ class Toy:
         self.path = str(path)
         self.peer: Peer | None = None
         self.release = trio.Event()
+        self.waiting = 0
         self.dialled: list[trio.SocketStream] = []
         self.server = ControlServer(
             {
@@ -164,6 +165,7 @@ class Toy:
         return {"uid": peer.uid, "pid": peer.pid}
 
     async def _wait(self, arguments: dict[str, Any], peer: Peer) -> str:
+        self.waiting += 1
         await self.release.wait()
         return "done"
 
@@ -310,15 +312,66 @@ async def test_events_go_to_who_has_negotiated(tmp_path: Path) -> None:
         assert await deaf.ask(CAPABILITIES) == {"return": {}}
 
 
-async def test_too_many_connections_are_refused_with_a_line(tmp_path: Path) -> None:
-    async with served(tmp_path, Limits(connections=2)) as toy:
-        first, _ = await negotiated(toy), await negotiated(toy)
-        refused = await toy.dial()
-        assert "too many connections: the limit is 2" in error(await refused.message())[1]
-        assert await refused.message() is None
-        await first.stream.aclose()
-        await until(lambda: toy.server.connected == 1)
+async def test_one_more_connection_takes_the_place_of_the_longest_idle_one(tmp_path: Path) -> None:
+    async with served(tmp_path, Limits(connections=3)) as toy:
+        first, silent, second = await negotiated(toy), await raw(toy), await negotiated(toy)
+        third = await negotiated(toy)  # who has not negotiated goes first
+        assert await silent.message() is None
+        assert await first.ask(b'{"execute":"query-version"}')  # idle since now
         await negotiated(toy)
+        assert await second.message() is None
+        for peer in first, third:
+            assert await peer.ask(b'{"execute":"query-version"}')
+        assert toy.server.connected == 3
+
+
+async def test_a_command_under_way_is_never_dropped_for_another_connection(tmp_path: Path) -> None:
+    async with served(tmp_path, Limits(connections=2)) as toy:
+        busy = [await negotiated(toy), await negotiated(toy)]
+        for peer in busy:
+            await peer.stream.send_all(b'{"execute":"wait"}')
+        await until(lambda: toy.waiting == 2)
+        refused = await toy.dial()
+        assert "all 2 connections have a command under way" in error(await refused.message())[1]
+        assert await refused.message() is None
+
+        def refused_client() -> None:
+            with pytest.raises(client.CommandFailed, match="under way; try again"):
+                client.connect(toy.path, DEADLINE)  # it lives: nobody may take it for dead
+
+        await trio.to_thread.run_sync(refused_client)
+        toy.release.set()
+        for peer in busy:
+            assert await peer.message() == {"return": "done"}
+        await negotiated(toy)
+
+
+async def test_who_reads_no_answer_has_no_command_under_way(tmp_path: Path) -> None:
+    async with served(tmp_path, Limits(connections=1, output_messages=1)) as toy:
+        deaf = await negotiated(toy)
+        await deaf.stream.send_all(b'{"execute":"large"}' * 50)
+        assert await (await negotiated(toy)).ask(b'{"execute":"query-version"}')
+
+
+async def test_who_does_not_negotiate_is_dropped_and_who_has_stays(tmp_path: Path) -> None:
+    async with served(tmp_path, Limits(negotiation_seconds=0.3)) as toy:
+        early = await negotiated(toy)
+        peers = [await raw(toy) for _ in range(5)]
+        await peers[0].stream.send_all(b'{"execute":"qmp_capabilities"')  # half a message
+        for peer in peers:
+            assert await peer.message() is None
+        assert toy.server.connected == 1
+        assert await early.ask(b'{"execute":"query-version"}')
+
+
+async def test_a_thousand_connections_fill_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("healfs.control.server.SAID_EVERY", 3600.0)
+    async with served(tmp_path, Limits(connections=1)) as toy:
+        for _ in range(100):
+            await raw(toy)
+    assert len(caplog.messages) == 1 and "dropped" in caplog.text
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -354,7 +407,7 @@ async def test_only_root_and_the_owner_may_connect(
         await negotiated(toy)
         monkeypatch.setattr(toy.server, "_allowed", {os.geteuid() + 1})
         stranger = await toy.dial()
-        assert "only root and the owner" in error(await stranger.message())[1]
+        assert "only root, the owner" in error(await stranger.message())[1]
         assert await stranger.message() is None
 
 

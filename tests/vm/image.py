@@ -2,6 +2,8 @@
 
 Nothing is installed and /boot is not touched: the kernel package is downloaded and
 unpacked into ~/.cache/healfs (or $HEALFS_TEST_CACHE).
+
+`python -m tests.vm.image DIRECTORY` lays those of README.md there: vmlinuz and initrd.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 INIT = Path(__file__).with_name("init")
+README_INIT = Path(__file__).with_name("init-readme")
 META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "ext4")
 PROGRAMS = ("/usr/sbin/mkfs.ext4", "/usr/sbin/e2fsck")
@@ -28,7 +32,7 @@ class Image(NamedTuple):
     initrd: Path
 
 
-def image() -> Image:
+def image(init: Path = INIT) -> Image:
     """The guest's kernel and initramfs; built if the cache has none for these versions.
 
     Raises RuntimeError when there is neither a package to download nor a kernel in
@@ -38,9 +42,9 @@ def image() -> Image:
     cache.mkdir(parents=True, exist_ok=True)
     tree = _kernel_tree(cache)
     kernel = next(tree.glob("boot/vmlinuz-*"))
-    initrd = cache / f"initrd-{_initrd_key(kernel)}.gz"
+    initrd = cache / f"initrd-{_initrd_key(kernel, init)}.gz"
     if not initrd.exists():
-        _build_initrd(tree, kernel.name.removeprefix("vmlinuz-"), initrd)
+        _build_initrd(tree, kernel.name.removeprefix("vmlinuz-"), init, initrd)
     return Image(kernel, initrd)
 
 
@@ -78,12 +82,10 @@ def _kernel_tree(cache: Path) -> Path:
 
 def _unpack(package: str | None, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        # _apt, the user that apt downloads as, has no way into a private directory;
-        # apt says so on stderr and downloads as root.
         try:
             if package is None:
                 raise RuntimeError(f"apt knows no {META_PACKAGE}: run apt-get update")
-            _run("apt-get", "-q", "download", package, cwd=Path(scratch))
+            _download(package, Path(scratch))
         except (subprocess.CalledProcessError, RuntimeError):
             # Lists that are absent or older than the archive.
             if os.geteuid() != 0:
@@ -92,12 +94,17 @@ def _unpack(package: str | None, cache: Path) -> Path:
             package = _candidate()
             if package is None:
                 raise RuntimeError(f"apt knows no {META_PACKAGE}") from None
-            _run("apt-get", "-q", "download", package, cwd=Path(scratch))
+            _download(package, Path(scratch))
         tree = Path(scratch, "tree")
         _run("dpkg-deb", "-x", next(Path(scratch).glob("*.deb")), tree)
         for version in (tree / "lib/modules").iterdir():
             _run("/usr/sbin/depmod", "-b", tree, version.name)
         return _publish(tree, cache / package)
+
+
+def _download(package: str, directory: Path) -> None:
+    # _apt, the user that root's apt downloads as, has no way into a private directory.
+    _run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package, cwd=directory)
 
 
 def _publish(made: Path, place: Path) -> Path:
@@ -110,19 +117,19 @@ def _publish(made: Path, place: Path) -> Path:
     return place
 
 
-def _initrd_key(kernel: Path) -> str:
+def _initrd_key(kernel: Path, init: Path) -> str:
     digest = hashlib.sha256(repr((str(kernel), MODULES)).encode())
-    for path in (INIT, Path(__file__), BUSYBOX, *map(Path, PROGRAMS)):
+    for path in (init, Path(__file__), BUSYBOX, *map(Path, PROGRAMS)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _build_initrd(tree: Path, version: str, target: Path) -> None:
+def _build_initrd(tree: Path, version: str, init: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         root = Path(scratch, "root")
         for name in ("bin", "dev", "proc", "sys", "tmp", "modules"):
             (root / name).mkdir(parents=True)
-        shutil.copy(INIT, root / "init")
+        shutil.copy(init, root / "init")
         (root / "init").chmod(0o755)
         shutil.copy(BUSYBOX, root / "bin/busybox")
         for applet in _run(BUSYBOX, "--list").split():
@@ -167,3 +174,14 @@ def _programs() -> set[Path]:
     for program in PROGRAMS:
         paths.update(map(Path, re.findall(r"(/\S+) \(0x", _run("ldd", program))))
     return paths
+
+
+def main(directory: str) -> None:
+    made = image(README_INIT)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    shutil.copy(made.kernel, Path(directory, "vmlinuz"))
+    shutil.copy(made.initrd, Path(directory, "initrd"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,9 +1,9 @@
-"""Has a healfs worker kill itself (SIGKILL) at a named point; see tests/killpoints/__init__.py.
+"""Has a healfs worker die or fail at a named point; see tests/killpoints/__init__.py.
 
 On PYTHONPATH only where a test puts it: nothing in healfs knows of it. HEALFS_KILL_POINTS is a
-directory with the files `armed` ("NAME COUNT", COUNT the passing of the point that counts; behind
-a semicolon, the same for the successor), `reached` (a JSON object a line, written before the
-kill) and, while a test holds back the take-over, `gate`.
+directory with the files `armed` ("NAME COUNT MANNER", COUNT the passing of the point that counts;
+behind a semicolon, the same for the successor), `reached` (a JSON object a line, written before the
+end) and, while a test holds back the take-over, `gate`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ class Points:
         self.channel: Any = None
         self.passed = 0
 
+    def is_armed(self, name: str) -> bool:
+        return self.armed[:].startswith(name.encode() + b" ")
+
     def passing(self, name: str) -> None:
         """The one call at each point."""
-        if not self.armed[:].startswith(name.encode() + b" "):
+        if not self.is_armed(name):
             return
         self.passed += 1
         mine, _, successors = self.armed[:].rstrip(b"\0").partition(b";")
-        if self.passed >= int(mine.split()[1]):
+        _, count, manner = mine.split()
+        if self.passed >= int(count):
             self.armed[:] = successors.ljust(len(self.armed), b"\0")
-            self._die(name)
+            self._fail(name, manner.decode())
 
-    def _die(self, name: str) -> None:
+    def _fail(self, name: str, manner: str) -> None:
         channel = self.channel
         reached = {
             "point": name,
@@ -50,7 +54,11 @@ class Points:
         }
         with open(DIRECTORY / "reached", "a") as file:
             file.write(json.dumps(reached) + "\n")
-        os.kill(os.getpid(), signal.SIGKILL)
+        if manner == "raise":
+            raise RuntimeError("planted")
+        if manner == "memory":
+            raise MemoryError("planted")
+        os.kill(os.getpid(), signal.Signals[manner])
 
     def before(self, owner: Any, method: str, name: str, matters: Callable[..., object]) -> None:
         original = getattr(owner, method)
@@ -95,13 +103,14 @@ def _install(points: Points) -> None:
     from healfs.core.replay import Replay
     from healfs.core.request import Kind
     from healfs.core.writelog import WriteLog
+    from healfs.daemon.parent import Parent
     from healfs.fuse.channel import Channel
 
     def is_write(request: Any, errno: int, *_: object) -> bool:
         return request.kind is Kind.WRITE and not request.internal and not errno
 
     def others_wait(*_: object) -> bool:
-        return bool(points.channel.held)
+        return points.channel is not None and bool(points.channel.held)
 
     points.remember(Engine, "engine")
     points.remember(Channel, "channel")
@@ -115,6 +124,8 @@ def _install(points: Points) -> None:
     points.after(Engine, "take_over", "take-over", _always)
     points.after(Engine, "_submit_again", "resent", _always)
     points.before(Engine, "connect_failed", "outage", others_wait)
+    points.before(Channel, "_write", "received", others_wait)
+    points.before(Parent, "tell", "beat", lambda said: said["do"] == "beat" and others_wait())
     _half_entry(points, WriteLog)
     _in_trim(points, WriteLog)
     _gate(Channel)
@@ -153,7 +164,8 @@ def _in_trim(points: Points, log: Any) -> None:
 
     @functools.wraps(original)
     def trim(self: Any, *arguments: Any) -> None:
-        points.passed = 0
+        if points.is_armed("trim"):
+            points.passed = 0
         self._completed = Trimmed(self._completed)
         original(self, *arguments)
         self._completed = deque(self._completed)

@@ -1,0 +1,130 @@
+"""The keeper waits for nobody, and touches neither the disk nor the log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Mounter
+from tests.fuse.agent import Agent
+from tests.fuse.commands import Commands
+from tests.fuse.conftest import Opener
+from tests.mounts import HEALFS
+
+BLOCK = b"x" * 4096
+GENEROUS = 30.0
+
+
+# --- nobody reads standard error ----------------------------------------------------------------
+
+
+@pytest.fixture
+def full() -> Iterator[tuple[int, int]]:
+    """A pipe without room: the end to read, and the other, which is the test's to close."""
+    reader, writer = os.pipe()
+    filling = os.open(f"/proc/self/fd/{writer}", os.O_WRONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(filling, b"\n" * 4096)
+    os.close(filling)
+    yield reader, writer
+    os.close(reader)
+
+
+def _status(commands: Commands) -> dict[str, dict[str, int]]:
+    done = commands.run("status", commands.mountpoint, "--json", seconds=GENEROUS)
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, dict[str, int]] = json.loads(done.stdout)
+    return answer
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(
+    commands: Commands, image: Path, full: tuple[int, int]
+) -> None:
+    """A journal that stalls: its disk may be this one."""
+    reader, writer = full
+    keeper = subprocess.Popen(
+        [
+            *("setpriv", "--pdeathsig", "KILL", HEALFS, "mount"),
+            *(str(image), str(commands.mountpoint), "--foreground"),
+        ],
+        env=commands.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=writer,
+        text=True,
+    )
+    os.close(writer)
+    hard_limit = threading.Timer(90, keeper.kill)
+    hard_limit.start()
+    one: Agent | None = None
+    try:
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == f"{commands.file}\n"
+        one = Agent(commands.file)
+        assert one.ok("pwrite", 0, BLOCK) == 4096
+        worker = _status(commands)["pids"]["worker"]
+        os.kill(worker, signal.SIGKILL)
+        assert one.ok("pwrite", 4096, BLOCK) == 4096  # another worker: the keeper did not wait
+        assert not one.do("fsync").errno
+        assert _status(commands)["pids"]["worker"] != worker
+        one.kill()
+        one.ended()
+        # Now somebody reads: what is said next begins with how much was not heard.
+        os.set_blocking(reader, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(reader, 1 << 16).strip(b"\n") == b"":
+                pass
+        os.set_blocking(reader, True)
+        keeper.send_signal(signal.SIGTERM)
+        with open(reader, closefd=False) as said:
+            text = said.read()
+        assert keeper.wait(GENEROUS) == 0
+        assert "lines dropped: nobody read them\n" in text and "asked to end" in text
+        assert "another one is started" not in text  # this one was dropped
+    finally:
+        hard_limit.cancel()
+        keeper.kill()
+        keeper.communicate(timeout=GENEROUS)
+        if one is not None:
+            one.kill()
+            one.ended()
+    commands.nothing_left(GENEROUS)
+
+
+# --- what it has in its hands -------------------------------------------------------------------
+
+
+def test_the_keeper_touches_no_backend_no_mount_and_no_log(
+    image: Path, healfs_mount: Mounter, agent: Opener
+) -> None:
+    """It holds the log's memory as a descriptor, and that is all."""
+    mount = healfs_mount(image)
+    assert agent(mount.file).ok("pwrite", 0, BLOCK) == 4096
+    mount.kill_worker()
+    pids = mount.status()["pids"]
+
+    def named(pid: int, *names: str) -> list[str]:
+        process = Path(f"/proc/{pid}")
+        links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+        found = (process / "maps").read_text().splitlines()
+        for link in links:
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.append(os.readlink(link))
+        return [one for one in found if any(name in one for name in names)]
+
+    touched = str(image), str(mount.mountpoint)
+    log = "/memfd:healfs-log (deleted)"
+    assert named(pids["keeper"], *touched) == []
+    assert named(pids["keeper"], log) == [log]  # the descriptor: no mapping
+    # They would be seen: the worker has all of it.
+    assert named(pids["worker"], *touched)
+    assert len(named(pids["worker"], log)) > 1

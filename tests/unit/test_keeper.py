@@ -1,0 +1,106 @@
+"""When the keeper starts the next worker."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from healfs.daemon import keeper
+from healfs.daemon.children import FAULTED, Child
+from healfs.daemon.keeper import Keeper
+
+
+class Ended:
+    """A worker that has ended."""
+
+    pid = 1
+
+    def __init__(self, status: int) -> None:
+        self.reap = lambda: status
+
+
+@pytest.fixture
+def kept(capsys: pytest.CaptureFixture[str]) -> Keeper:
+    """Of a mount that a successor can have."""
+    one = Keeper({"mountpoint": "/nowhere", "source": "disk", "name": "disk.img"}, "{}", -1)
+    one.fuse, one.init, one.resend = 1000, "00", True
+    one.happened = lambda *_: None  # type: ignore[method-assign]
+    one._record = lambda: None  # type: ignore[method-assign]
+    one.died = 0.0
+    return one
+
+
+def _ends(one: Keeper, status: int, *, answered: bool, lived: float) -> float:
+    """A worker ends; the seconds until the next one is started."""
+    one.worker = Ended(status)  # type: ignore[assignment]
+    now = time.monotonic()
+    one.alive, one.started = answered, now - lived
+    assert one._worker_ended(now) is None
+    return max(0.0, one.start_at - now)
+
+
+def _pauses(one: Keeper, *ends: dict[str, Any]) -> list[float]:
+    return [round(_ends(one, **end), 1) for end in ends]
+
+
+@pytest.mark.parametrize("status", [FAULTED, 1, -signal.SIGSEGV])
+@pytest.mark.parametrize("answered", [False, True])
+def test_who_fails_again_and_again_by_itself_is_not_hammered(
+    kept: Keeper, status: int, answered: bool
+) -> None:
+    end = {"status": status, "answered": answered, "lived": 1.0}
+    assert _pauses(kept, *[end] * 9) == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10]
+    assert "9 in a row" in kept.problem
+    assert ("soon after its start" in kept.problem) is answered
+    assert ("before anything was answered" in kept.problem) is not answered
+
+
+def test_who_is_killed_is_replaced_at_once_if_it_had_answered_something(kept: Keeper) -> None:
+    end = {"status": -signal.SIGKILL, "lived": 1.0}
+    assert _pauses(kept, *[{**end, "answered": True}] * 3) == [0, 0, 0]
+    assert _pauses(kept, *[{**end, "answered": False}] * 3) == [0.1, 0.2, 0.4]
+    assert _pauses(kept, {**end, "answered": True}) == [0]
+
+
+@pytest.mark.parametrize("status", [FAULTED, -signal.SIGKILL])
+@pytest.mark.parametrize("answered", [False, True])
+def test_who_has_lived_for_long_is_replaced_at_once(
+    kept: Keeper, status: int, answered: bool
+) -> None:
+    _pauses(kept, *[{"status": FAULTED, "answered": True, "lived": 1.0}] * 4)
+    end = {"status": status, "answered": answered, "lived": keeper.LONGEST_PAUSE + 1}
+    assert _pauses(kept, end, end) == [0, 0]
+
+
+def test_an_interpreter_that_is_gone_is_not_hammered(
+    kept: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As amid an update; the last worker had answered something."""
+    assert _pauses(kept, {"status": -signal.SIGKILL, "answered": True, "lived": 60.0}) == [0]
+    kept.greeting = kept.descriptors = dict  # type: ignore[method-assign, assignment]
+
+    def gone(*_: object) -> Child:
+        raise FileNotFoundError(2, "No such file or directory", "/opt/python")
+
+    monkeypatch.setattr(keeper, "Child", gone)
+    pauses = []
+    for _ in range(4):
+        kept._start_worker()
+        pauses.append(round(kept.start_at - time.monotonic(), 1))
+    assert pauses == [0.1, 0.2, 0.4, 0.8]
+    assert "could not be started (/opt/python: No such file or directory)" in kept.problem
+
+
+def test_faults_in_a_row_are_told_twice(kept: Keeper) -> None:
+    told: list[str] = []
+    kept.happened = lambda name, *_: told.append(name)  # type: ignore[method-assign]
+    fault = {"do": "event", "event": "HEALFS_FAULTED", "data": {}, "time": 0.0}
+    for _ in range(5):
+        kept._heard(fault)
+        _ends(kept, FAULTED, answered=True, lived=1.0)
+    assert told.count("HEALFS_FAULTED") == 2 and told.count("HEALFS_WORKER_RESTARTED") == 1
+    kept._heard(fault | {"event": "HEALFS_RECOVERED"})
+    assert told[-1] == "HEALFS_RECOVERED"
