@@ -43,6 +43,8 @@ cdef class Engine:
     cdef list _pinned
     cdef object _accept
     cdef bint _drop
+    cdef object _acceptor
+    cdef object _pause_reason
     cdef public dict _recovered
     cdef public bint link_up
     cdef bint _ever_connected
