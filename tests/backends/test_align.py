@@ -26,12 +26,9 @@ class Blocks(FileBackend):
         self.failing: dict[Kind, int] = {}
 
     async def connect(self) -> Geometry:
-        return replace(await super().connect(), minimum_block=BLOCK)
-
-    async def connect(self) -> Geometry:
         geometry = await super().connect()
         self._pass_on, self.submit = self.submit, self._look  # type: ignore[method-assign]
-        return geometry
+        return replace(geometry, minimum_block=BLOCK)
 
     def _look(self, request: Request, done: Done) -> None:
         assert request.offset % BLOCK == request.length % BLOCK == 0, request
