@@ -3,6 +3,9 @@
 PYTHON := /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The compiler's part of it: on two cores, and without what a debugger wants.
+export DIST_EXTRA_CONFIG := $(CURDIR)/tests/setup/build.cfg
+export CFLAGS := -g0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 PAGES := $(patsubst man/%.scd,%,$(wildcard man/*.scd))
 # PAGE:OTHER where a page stands for another, so that man healfs-VERB finds each verb.
@@ -18,12 +21,12 @@ MAN := $(PAGES) $(foreach alias,$(ALIASES),$(firstword $(subst :, ,$(alias))))
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /    make \1\t/p' Makefile | expand -t 20
 
-# Installing with the test extra satisfies the plain stamp too, so demo after
-# setup does nothing.
 # What is compiled where there is a C compiler; see healfs/compiled.py.
 COMPILED := $(wildcard healfs/*/*.pxd healfs/*/*.pyx)
 COMPILED += $(patsubst %.pxd,%.py,$(filter %.pxd,$(COMPILED)))
 
+# Installing with the test extra satisfies the plain stamp too, so demo after
+# setup does nothing.
 $(VENV)/.run: pyproject.toml tests/setup/packages $(COMPILED)
 	tests/setup/packages run
 	$(PYTHON) -m venv --system-site-packages $(VENV)
