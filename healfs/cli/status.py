@@ -192,6 +192,7 @@ def _print_one(mount: Mount, one: Status) -> None:
         ("log", one.get("log", mount.log)),
         ("pids", _counts(one.get("pids") or {}) + _restarts(one.get("worker_restarts", 0))),
         ("version", one.get("version", "?")),
+        *([("plain Python", plain)] if (plain := one.get("plain_python")) else []),
     ]
     rows += _group("configuration", _configuration(one.get("configuration") or {}))
     rows += _group("limits", [_limit(*item) for item in (one.get("limits") or {}).items()])

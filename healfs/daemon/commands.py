@@ -7,7 +7,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from healfs import __version__
+from healfs import __version__, compiled
 from healfs.backends.base import Geometry
 from healfs.config import counted
 from healfs.control.server import Argument, CommandError, Peer, Verb
@@ -103,6 +103,7 @@ def status(worker: Worker) -> dict[str, Any]:
         "limits": limits,
         "notes": notes,
         "version": __version__,
+        "plain_python": compiled.why_plain or None,
     }
 
 

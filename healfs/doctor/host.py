@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from healfs import compiled
 from healfs.config import format_size
 from healfs.doctor.finding import Finding, Level
 
@@ -34,6 +35,7 @@ class Host:
         default_factory=lambda: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     )
     which: Callable[[str], str | None] = shutil.which
+    plain: str = compiled.why_plain
 
     def as_root(self, command: str) -> str:
         return command if self.uid == 0 else f"sudo {command}"
@@ -210,6 +212,18 @@ def _io_uring(host: Host) -> Iterator[Finding]:
         )
 
 
+def _compiled(host: Host) -> Iterator[Finding]:
+    if not host.plain:
+        yield Finding("compiled modules", Level.OK, "they are used")
+    else:
+        yield Finding(
+            "compiled modules",
+            Level.NOTE,
+            f"plain Python is used, which is slower: {host.plain}",
+            "# in a checkout: make setup; else install healfs again, with a C compiler",
+        )
+
+
 def _fusectl(host: Host) -> Iterator[Finding]:
     if not (host.root / "sys/fs/fuse/connections").is_dir() or not any(
         " /sys/fs/fuse/connections " in line
@@ -232,5 +246,6 @@ _CHECKS = (
     _memory_lock,
     _hung_tasks,
     _io_uring,
+    _compiled,
     _fusectl,
 )

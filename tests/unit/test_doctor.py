@@ -42,7 +42,7 @@ def root(tmp_path: Path) -> Path:
 
 def look(root: Path, release: str = "6.9.0", uid: int = 1000, **more: Any) -> dict[str, Finding]:
     there = {"memlock": -1, "which": lambda name: f"/bin/{name}"}
-    found = host.examine(host.Host(root, release, uid, **{**there, **more}))
+    found = host.examine(host.Host(root, release, uid, **{**there, "plain": "", **more}))
     assert all_can_be_mended(found, "sudo " if uid else "")
     return {finding.check: finding for finding in found}
 
@@ -371,3 +371,9 @@ def test_a_disk_that_nobody_knows_yet() -> None:
     found = disk.examine({**status(), "backend": None})
     assert Level.NOTE in {finding.level for finding in found}
     assert disk.examine({})  # an older daemon's: no traceback
+
+
+def test_plain_python_is_said(root: Path) -> None:
+    found = look(root, plain="they are not compiled")["compiled modules"]
+    assert found.level is Level.NOTE and "they are not compiled" in found.text
+    assert "make setup" in found.mend
