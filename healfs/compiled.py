@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder
-from importlib.util import spec_from_file_location
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, FileFinder, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).parent
 PLAIN = "HEALFS_PLAIN"  # of the environment
@@ -42,23 +40,15 @@ def _why_not() -> str:
     return ""
 
 
-class _PlainFinder:
-    """Finds the .py of what has a compiled one beside it."""
-
-    @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if not name.startswith("healfs."):
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.origin is None or not spec.origin.endswith(".so"):
-            return spec
-        module = Path(spec.origin)
-        return spec_from_file_location(name, module.with_name(module.name.split(".")[0] + ".py"))
+def _only_sources(directory: str) -> FileFinder:
+    """A hook of sys.path_hooks: in healfs's directories no compiled module is found."""
+    if not Path(directory).is_relative_to(ROOT):
+        raise ImportError("not healfs")
+    return FileFinder(directory, (SourceFileLoader, SOURCE_SUFFIXES))
 
 
 #: Why plain Python is used; "": it is not.
 why_plain = _why_not()
 if why_plain:
-    sys.meta_path.insert(0, _PlainFinder)
+    sys.path_hooks.insert(0, _only_sources)
+    sys.path_importer_cache.pop(str(ROOT), None)
