@@ -10,7 +10,7 @@ import enum
 import errno as e
 from dataclasses import dataclass, field, replace
 
-from healfs.core.request import Kind
+from healfs.core.kind import Kind
 
 
 class Action(enum.StrEnum):

@@ -7,17 +7,8 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
+from healfs.core.kind import Kind as Kind
 from healfs.core.overlap import Range
-
-
-class Kind(enum.IntEnum):
-    """Request kinds: virtio-blk's IN, OUT, FLUSH, DISCARD, WRITE_ZEROES (virtio 1.2, 5.2.6)."""
-
-    READ = 0
-    WRITE = 1
-    FLUSH = 2
-    DISCARD = 3
-    WRITE_ZEROES = 4
 
 
 class Phase(enum.IntEnum):

@@ -16,7 +16,7 @@ from tests.fuse.conftest import Opener, pause
 from tests.fuse.test_verify import _fio
 from tests.mounts import HEALFS, ROOT, HealfsMount
 
-MEGABYTES, SOAK_MEGABYTES = 256, 1536
+MEGABYTES, SOAK_MEGABYTES = 1024, 6144
 BLOCK = b"x" * 4096
 # Of several, nbdkit 1.32 dies by an assertion when a client goes amid a reply, which a failure of
 # these tests would hide behind.
