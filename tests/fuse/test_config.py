@@ -42,10 +42,10 @@ def test_a_file_and_options_and_defaults_and_a_change(
         text = " ".join(commands.run("status", commands.mountpoint).stdout.split())
         for words in (
             f"werror = stop ({file})",
-            f"slow-after = 7.0 ({file})",
+            f"slow-after = 7s ({file})",
             f"allow-uid = 1, 2 ({file})",
-            f"log-size = {16 << 20} (command line)",
-            "read-retry-timeout = 120.0 (healfs policy)",
+            "log-size = 16 MiB (command line)",
+            "read-retry-timeout = 2m (healfs policy)",
         ):
             assert words.replace(" ", "") in text.replace(" ", ""), text  # paths are folded
         assert "rerror = " not in text
