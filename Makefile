@@ -3,9 +3,8 @@
 PYTHON := /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The compiler's part of it: on two cores, and without what a debugger wants.
+# The compiler's part of it, on two cores. (CFLAGS would take the place of -O2: tried.)
 export DIST_EXTRA_CONFIG := $(CURDIR)/tests/setup/build.cfg
-export CFLAGS := -g0
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
 PAGES := $(patsubst man/%.scd,%,$(wildcard man/*.scd))
 # PAGE:OTHER where a page stands for another, so that man healfs-VERB finds each verb.
