@@ -19,7 +19,6 @@ cdef class Engine:
     cdef public double slow_after
     cdef double _silence
     cdef public object limits
-    cdef long long _in_flight_limit
     cdef public object state
     cdef public double since
     cdef public object reason
