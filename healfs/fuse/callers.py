@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from healfs.core.request import Request
+if TYPE_CHECKING:  # it is compiled, and the keeper imports this module
+    from healfs.core.request import Request
 
 SIGKILL_BIT = 1 << 8
 PF_EXITING = 4

@@ -360,7 +360,7 @@ async def test_who_does_not_negotiate_is_dropped_and_who_has_stays(tmp_path: Pat
         await peers[0].stream.send_all(b'{"execute":"qmp_capabilities"')  # half a message
         for peer in peers:
             assert await peer.message() is None
-        assert toy.server.connected == 1
+        await until(lambda: toy.server.connected == 1)
         assert await early.ask(b'{"execute":"query-version"}')
 
 
