@@ -100,5 +100,5 @@ async def hand_over(worker: Worker) -> None:
     with trio.move_on_after(DRAIN_SECONDS):
         while worker.engine.in_flight:  # noqa: ASYNC110 - once, for some milliseconds
             await trio.sleep(DRAIN_LOOK)
-    log.info("made room for another version, %d requests in flight", worker.engine.in_flight)
+    log.info("made room for another version, requests in flight: %d", worker.engine.in_flight)
     worker.unmounting.ended.set()

@@ -135,7 +135,7 @@ class Channel:
         again, self._again = self._again, None
         for request in oldest_first(again):
             self._hold(request, request.caller)
-        log.info("%d requests came again", len(again))
+        log.info("requests that came again: %d", len(again))
         self.sink.resent()
         self.commit()
         assert self.resuming is not None
