@@ -68,8 +68,8 @@ LOADS = {
     "4k-write-fsync-qd8": Load("randwrite", "4k", 8, FSYNC),
 }
 PLAIN = tuple(LOADS)
-# A flush each 31 MiB: a log of 64 MiB needs none of its own, which come at half of it.
+# A flush each 20 MiB, and up to 8 in flight: a log of 64 MiB needs no flush of its own, at half.
 LOADS |= {
-    "4k-randwrite-qd32-flushed": Load("randwrite", "4k", 32, ("--fdatasync=7936",)),
-    "1m-write-qd8-flushed": Load("write", "1m", 8, ("--fdatasync=31",)),
+    "4k-randwrite-qd32-flushed": Load("randwrite", "4k", 32, ("--fdatasync=5120",)),
+    "1m-write-qd8-flushed": Load("write", "1m", 8, ("--fdatasync=20",)),
 }
