@@ -6,15 +6,11 @@ Size classes are powers of two from a page. A pool is bounded in bytes; a buffer
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 
+from healfs.backends.syscalls import address_of
+
 PAGE_SHIFT = mmap.PAGESIZE.bit_length() - 1
-
-
-def address_of(data: memoryview | bytearray) -> int:
-    """The address of a writable buffer's first byte. It is valid while the buffer is held."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
 class Buffer:

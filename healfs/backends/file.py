@@ -25,7 +25,8 @@ import trio
 
 from healfs.backends import opening, probing
 from healfs.backends.base import Backend, Extent, Geometry, Polled, SourceError
-from healfs.backends.buffers import Buffer, Pool, address_of
+from healfs.backends.buffers import Buffer, Pool
+from healfs.backends.syscalls import address_of
 from healfs.backends.threads import ThreadPool
 from healfs.backends.uring import (
     IORING_FSYNC_DATASYNC,
@@ -342,8 +343,13 @@ class FileBackend(Backend):
         # O_DIRECT submissions to a block device never wait: no bound on them.
         patience = ENTRIES if opened.direct else PATIENCE if opened.nonblocking else 0
         if self._use_uring is not False:
+            writer = opened.waits_to_write
+
+            def ring(session: _Session) -> Queue:
+                return Ring(ENTRIES, session.complete, patience=patience, writer=writer)
+
             try:
-                return _Session(opened, lambda s: Ring(ENTRIES, s.complete, patience=patience)), ()
+                return _Session(opened, ring), ()
             except OSError as error:
                 why = error.strerror
             if self._use_uring:

@@ -19,7 +19,8 @@ BLKSSZGET = 0x1268  # linux/fs.h
 BLKGETSIZE64 = 0x80081272
 FALLOC_FL_KEEP_SIZE_PUNCH_HOLE = 0x03
 # linux/magic.h: EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC; statfs(2): f_type
-NONBLOCKING = (0xEF53, 0x58465342, 0x9123683E)
+EXT4, XFS, BTRFS = 0xEF53, 0x58465342, 0x9123683E
+NONBLOCKING = (EXT4, XFS, BTRFS)
 STATFS_SIZE = 256  # struct statfs is at most 120
 MAX_HANDLE_SZ = 128  # linux/exportfs.h
 
@@ -47,6 +48,7 @@ class Opened:
     fd: int
     direct: bool  # opened with O_DIRECT
     nonblocking: bool  # on a file system whose RWF_NOWAIT holds, as far as that goes
+    waits_to_write: bool  # but for writes, which it does not take with RWF_NOWAIT at all
     geometry: Geometry
 
     def described(self, notes: tuple[str, ...]) -> Geometry:
@@ -236,7 +238,10 @@ class Attempt:
             identity=identity,
             notes=tuple(self._notes),
         )
-        return Opened(fd, block, block or _file_system(fd) in NONBLOCKING, geometry)
+        file_system = 0 if block else _file_system(fd)
+        nonblocking = block or file_system in NONBLOCKING
+        waits_to_write = file_system == EXT4 and not self._read_only
+        return Opened(fd, block, nonblocking, waits_to_write, geometry)
 
 
 def _file_system(fd: int) -> int:

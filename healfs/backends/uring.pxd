@@ -1,6 +1,8 @@
 cimport cython
 
-cdef long long _U32, _FALLOCATE, _ASYNC
+from healfs.backends.syscalls cimport Writer, enter
+
+cdef long long _U32, _FALLOCATE, _ASYNC, _WRITE
 cdef unsigned long long _CANCEL
 
 
@@ -17,7 +19,13 @@ cdef class Operation:
 cdef class Ring:
     cdef object _complete
     cdef long long _patience
+    cdef long long _ring
     cdef public long long fd
+    cdef Writer _writer
+    cdef object _both
+    cdef object _written
+    cdef object _to_write
+    cdef bint _handed
     cdef list _pending
     cdef list _free
     cdef object _waiting
@@ -39,6 +47,8 @@ cdef class Ring:
     cdef long long _cqes
 
     cpdef object push(self, Operation operation)
+    @cython.locals(writer=Writer)
+    cdef object _write(self, Operation o)
     @cython.locals(user_data="long long", opcode="unsigned long long", address="unsigned long long",
                    length="unsigned long long", flags="unsigned long long", at="long long",
                    sqes="unsigned long long[::1]")
@@ -49,4 +59,8 @@ cdef class Ring:
                    head="long long", end="long long", at="long long", mask="long long",
                    cqes="long long", user_data="long long", pending=list, free=list, ended=list)
     cpdef long long reap(self) except -1
+    @cython.locals(writer=Writer)
+    cdef object _reap_written(self, list ended)
+    cdef long long _completed(self, list ended) except -1
+    cpdef bint unsubmitted(self)
     cpdef long long pending(self)

@@ -18,6 +18,7 @@ import errno
 import mmap
 import os
 import platform
+import select
 import struct
 import threading
 from collections import deque
@@ -26,9 +27,10 @@ from typing import Any, Protocol
 
 import trio
 
+from healfs.backends.syscalls import Writer, enter, start_writer
+
 # asm-generic/unistd.h: the numbers are the same on every architecture that Python runs on.
 SYS_IO_URING_SETUP = 425
-SYS_IO_URING_ENTER = 426
 SYS_IO_URING_REGISTER = 427
 
 # linux/io_uring.h
@@ -81,6 +83,7 @@ _syscall = _libc.syscall
 _U32 = 0xFFFFFFFF
 _FALLOCATE = IORING_OP_FALLOCATE
 _ASYNC = IOSQE_ASYNC << 8
+_WRITE = IORING_OP_WRITE
 _CANCEL = IORING_OP_ASYNC_CANCEL | 0xFFFFFFFF << 32  # descriptor -1
 
 
@@ -184,18 +187,31 @@ def _set_up(entries: int) -> tuple[int, Any]:
 
 
 class Ring:
-    """An io_uring. OSError from the constructor: not here (ENOSYS, EPERM, ENOMEM, ...)."""
+    """An io_uring. OSError from the constructor: not here (ENOSYS, EPERM, ENOMEM, ...).
 
-    def __init__(self, entries: int, complete: Complete, *, patience: int = PATIENCE) -> None:
+    `writer`: writes go to a thread of its own (see syscalls.Writer), if there is one.
+    """
+
+    def __init__(
+        self, entries: int, complete: Complete, *, patience: int = PATIENCE, writer: bool = False
+    ) -> None:
         self._complete = complete
         self._patience = patience
-        self.fd, params = _set_up(entries)
+        self._ring, params = _set_up(entries)
         try:
             self._check(params.raw)
             self._map(params.raw)
         except BaseException:
-            os.close(self.fd)
+            os.close(self._ring)
             raise
+        self.fd = self._ring
+        self._writer: Writer | None = None
+        self._both: select.epoll | None = None
+        if writer:
+            self._start_writer()
+        self._written: deque[Operation] = deque()  # the writer has these, in this order
+        self._to_write: deque[Operation] = deque()  # it has no room for these
+        self._handed = True  # it knows of all that it has
         # By user_data, which is a place in this list; 0 is a cancel's.
         self._pending: list[Operation | None] = [None] * (self._entries + 1)
         self._free = list(range(self._entries, 0, -1))
@@ -204,13 +220,24 @@ class Ring:
         self._submitted = 0
         self._slow = patience <= 0
 
+    def _start_writer(self) -> None:
+        try:
+            self._writer = start_writer(self._entries)
+        except OSError:
+            return  # no more threads: io_uring writes
+        if self._writer is not None:
+            self._both = select.epoll()
+            self._both.register(self._ring, select.EPOLLIN)
+            self._both.register(self._writer.fd, select.EPOLLIN)
+            self.fd = self._both.fileno()
+
     def _check(self, params: bytes) -> None:
         (features,) = struct.unpack_from("<I", params, PARAMS_FEATURES)
         wanted = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP
         if features & wanted != wanted:
             raise OSError(errno.ENOSYS, "this kernel's io_uring is too old")
         probe = ctypes.create_string_buffer(PROBE_HEADER + PROBE_OPS * PROBE_OP.size)
-        _call(SYS_IO_URING_REGISTER, self.fd, IORING_REGISTER_PROBE, probe, PROBE_OPS)
+        _call(SYS_IO_URING_REGISTER, self._ring, IORING_REGISTER_PROBE, probe, PROBE_OPS)
         for opcode in NEEDED:
             flags = PROBE_OP.unpack_from(probe, PROBE_HEADER + opcode * PROBE_OP.size)[2]
             if not flags & IO_URING_OP_SUPPORTED:
@@ -224,9 +251,9 @@ class Ring:
         cq = CQ_OFFSETS.unpack_from(params, PARAMS_CQ_OFF)
         sq_array, cqes = sq[6], cq[5]
         length = max(sq_array + 4 * self._entries, cqes + CQE_SIZE * cq_entries)
-        self._rings = mmap.mmap(self.fd, length, offset=IORING_OFF_SQ_RING)
+        self._rings = mmap.mmap(self._ring, length, offset=IORING_OFF_SQ_RING)
         self._entries_map = mmap.mmap(
-            self.fd, 8 * SQE_WORDS * self._entries, offset=IORING_OFF_SQES
+            self._ring, 8 * SQE_WORDS * self._entries, offset=IORING_OFF_SQES
         )
         self._sqes = memoryview(self._entries_map).cast("Q")
         rings = memoryview(self._rings)[: length // 8 * 8]
@@ -238,10 +265,16 @@ class Ring:
         # The default is four bounded workers a CPU: a few slow operations would hold up the rest.
         workers = (ctypes.c_uint32 * 2)(self._entries, 0)
         _syscall(
-            SYS_IO_URING_REGISTER, self.fd, IORING_REGISTER_IOWQ_MAX_WORKERS, workers, 2
+            SYS_IO_URING_REGISTER, self._ring, IORING_REGISTER_IOWQ_MAX_WORKERS, workers, 2
         )  # an optimisation: an old kernel goes without
 
     def push(self, operation: Operation) -> None:
+        if self._writer is not None and operation.opcode == _WRITE and not operation.flags:
+            if self._to_write or len(self._written) == self._entries:
+                self._to_write.append(operation)
+            else:
+                self._write(operation)
+            return
         # No more than `entries` in the kernel: the completion queue is twice that, so it never
         # overflows.
         if not self._free:
@@ -250,6 +283,13 @@ class Ring:
         if (self._tail - self._submitted) & _U32 >= BATCH:
             self.submit()
         self._pack(operation)
+
+    def _write(self, o: Operation) -> None:
+        writer = self._writer
+        assert writer is not None
+        writer.push(o.fd, o.address, o.length, o.offset)
+        self._written.append(o)
+        self._handed = False
 
     def _pack(self, o: Operation) -> None:
         user_data = self._free.pop()
@@ -269,30 +309,36 @@ class Ring:
         self._tail = (self._tail + 1) & _U32
 
     def submit(self) -> None:
+        if not self._handed:
+            self._handed = True
+            assert self._writer is not None
+            self._writer.submit()
         todo = (self._tail - self._submitted) & _U32
         if not todo:
             return
         self._u32[self._sq_tail] = self._tail
         while todo:
             # Fewer than asked for: an entry was refused, and its completion says why.
-            try:
-                taken = _call(SYS_IO_URING_ENTER, self.fd, todo, 0, 0, None, 0)
-            except InterruptedError:
+            taken = enter(self._ring, todo)
+            if taken == -errno.EINTR:
                 continue
-            if not taken:
-                raise OSError(errno.EAGAIN, "io_uring takes no more operations")
+            if taken <= 0:
+                code = -taken or errno.EAGAIN
+                raise OSError(code, f"io_uring takes no more operations: {os.strerror(code)}")
             self._submitted = (self._submitted + taken) & _U32
             todo -= taken
         ready = (self._u32[self._cq_tail] - self._u32[self._cq_head]) & _U32
-        self._slow = self.pending() - ready >= self._patience
+        self._slow = self._entries - len(self._free) - ready >= self._patience
 
     def reap(self) -> int:
         u32, u64, s32 = self._u32, self._u64, self._s32
+        ended: list[tuple[Operation | None, int]] = []
+        if self._written:
+            self._reap_written(ended)
         head, end = u32[self._cq_head], u32[self._cq_tail]
         if head == end:
-            return 0
+            return self._completed(ended)
         _acquire()
-        ended = []
         pending, free, cqes, mask = self._pending, self._free, self._cqes, self._cq_mask
         while head != end:
             at = cqes + (head & mask) * CQE_SIZE
@@ -306,19 +352,34 @@ class Ring:
         waiting = self._waiting
         while waiting and free:
             self.push(waiting.popleft())
+        return self._completed(ended)
+
+    def _reap_written(self, ended: list[tuple[Operation | None, int]]) -> None:
+        writer, written = self._writer, self._written
+        assert writer is not None
+        for result in writer.results():
+            ended.append((written.popleft(), result))
+        while self._to_write and len(written) < self._entries:
+            self._write(self._to_write.popleft())
+
+    def _completed(self, ended: list[tuple[Operation | None, int]]) -> int:
         complete = self._complete
         for operation, result in ended:
             complete(operation, result)
         return len(ended)
 
     def unsubmitted(self) -> bool:
-        return self._tail != self._submitted
+        return self._tail != self._submitted or not self._handed
 
     def pending(self) -> int:
-        return self._entries - len(self._free)
+        return self._entries - len(self._free) + len(self._written)
 
     def cancel(self) -> None:
         self._waiting.clear()
+        self._to_write.clear()
+        if self._writer is not None:
+            self._writer.cancel()
+            self._writer.submit()  # what it was not told of ends, too
         while self._tail != self._submitted:  # the kernel has not seen these yet
             self._tail = (self._tail - 1) & _U32
             at = (self._tail & self._sq_mask) * SQE_WORDS
@@ -326,7 +387,7 @@ class Ring:
             self._pending[user_data] = None
             self._free.append(user_data)
         self._u32[self._sq_tail] = self._tail
-        if not self.pending():
+        if len(self._free) == self._entries:
             return
         at = (self._tail & self._sq_mask) * SQE_WORDS
         self._sqes[at] = _CANCEL
@@ -340,9 +401,12 @@ class Ring:
 
     def close(self) -> None:
         if self.fd >= 0:
+            if self._writer is not None and self._both is not None:
+                self._writer.close()
+                self._both.close()
             # A map cannot be closed while there is a view of it.
             self._u32 = self._s32 = self._u64 = self._sqes = None  # type: ignore[assignment]
             self._rings.close()
             self._entries_map.close()
-            os.close(self.fd)
+            os.close(self._ring)
             self.fd = -1

@@ -3,8 +3,9 @@
 
 A round through trio costs more than all that is done for a request. So while requests keep
 coming, a turn reads, sends, receives and answers, and waits with an epoll of its own, for a
-millisecond at the most. Then, or when its time is over, or when something came that is for
-another task, trio goes on; an idle disk is trio's alone.
+millisecond at the most. (It looks again and again at first, where what it last waited for came
+soon: to sleep and be woken takes longer than that.) Then, or when its time is over, or when
+something came that is for another task, trio goes on; an idle disk is trio's alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ log = logging.getLogger("healfs.turns")
 
 LONGEST = 0.005  # seconds of a turn: so long timers, control and namespace may have to wait
 PAUSE = 0.001  # seconds without anything to do that end a turn
+SPIN = 50e-6  # seconds: to be woken may take as long again, on a virtual machine longer
+MISSES = 3  # waits in a row that were longer by far: it spins no more, until one is short
+_SPIN, _MISSES = SPIN, MISSES
 
 
 class Turns:
@@ -33,6 +37,7 @@ class Turns:
         self._polled: Polled | None = None
         self._fd = -1
         self._blocked = False
+        self._misses = 0
 
     def run(self) -> bool:
         """One turn; False when the mount is gone."""
@@ -70,7 +75,15 @@ class Turns:
         polled = self._backend.polled
         if polled is not self._polled or (polled is not None and polled.blocked != self._blocked):
             self._watch(polled)
-        return self._epoll.poll(PAUSE)
+        poll, clock = self._epoll.poll, time.monotonic
+        now = began = clock()
+        events: list[tuple[int, int]] = []
+        while self._misses < _MISSES and not events and now < began + _SPIN:
+            events = poll(0)
+            now = clock()
+        events = events or poll(PAUSE)
+        self._misses = 0 if clock() - began < 2 * _SPIN else self._misses + 1
+        return events
 
     def _watch(self, polled: Polled | None) -> None:
         if self._fd >= 0:

@@ -15,6 +15,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from healfs.backends import opening
 from healfs.backends.align import AlignedBackend
 from healfs.backends.base import Backend, Geometry
 from healfs.backends.fault import FaultBackend
@@ -44,6 +45,7 @@ class Blocks4096(FileBackend):
 
 KINDS = [
     "uring",
+    "writer",
     "threads",
     "block",
     "block-threads",
@@ -87,7 +89,11 @@ async def backend(
             rules.write_text("")
             made = FaultBackend(FileBackend(str(image)), str(rules))
         else:
-            made = FileBackend(str(image), use_uring=kind == "uring")
+            # Of ext4, writes go to a thread of their own; whatever the file system is here.
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            magic = opening.EXT4 if kind == "writer" else opening.XFS
+            patch.setattr(opening, "_file_system", lambda fd: magic)
+            made = FileBackend(str(image), use_uring=kind != "threads")
         yield made
         with trio.fail_after(20):
             await made.aclose()

@@ -58,7 +58,8 @@ async def test_kill_in_flight_is_lost_and_reconnect_goes_on(image: Path, tcp: bo
 
 async def test_what_the_socket_did_not_take_is_known() -> None:
     """SIGSTOP fills the socket; the rest goes when the server goes on, or never went."""
-    with nbdkit("memory", "256M") as server:
+    # One thread: of several, nbdkit 1.32 may die by an assertion when a client goes amid a reply.
+    with nbdkit("--threads=1", "memory", "256M") as server:
         backend = NbdBackend(server.uri())
         async with connected(backend) as disk:
             await disk.ok(write(0, pattern(4096)))

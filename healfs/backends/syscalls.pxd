@@ -1,0 +1,19 @@
+cdef extern from *:
+    struct healfs_writer
+
+
+cpdef unsigned long long address_of(object data) except? 0
+cpdef long long enter(long long fd, long long submissions)
+
+
+cdef class Writer:
+    cdef public long long fd
+    cdef healfs_writer *_writer
+
+    cpdef object push(
+        self, long long fd, unsigned long long address, long long length, long long offset
+    )
+    cpdef object submit(self)
+    cpdef list results(self)
+    cpdef object cancel(self)
+    cpdef object close(self)

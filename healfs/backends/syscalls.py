@@ -1,0 +1,54 @@
+"""What io_uring and buffers need of the kernel and of C; here by ctypes.
+
+syscalls.pyx is the same for a C compiler, and has the Writer besides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+SYS_IO_URING_ENTER = 426  # asm-generic/unistd.h
+
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+
+
+def address_of(data: memoryview | bytearray) -> int:
+    """The address of a writable buffer's first byte. It is valid while the buffer is held."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(data))
+
+
+def enter(fd: int, submissions: int) -> int:
+    """io_uring_enter(2) that waits for nothing: how many were taken, or -errno."""
+    taken = int(_syscall(SYS_IO_URING_ENTER, fd, submissions, 0, 0, None, 0))
+    return taken if taken >= 0 else -ctypes.get_errno()
+
+
+class Writer(Protocol):
+    """A thread of its own that writes, one after the other, without the interpreter's lock.
+
+    For a file system where io_uring has a kernel thread do every write (ext4): to wake that one
+    costs more than the write.
+    """
+
+    fd: int  # readable when there may be results
+
+    def push(self, fd: int, address: int, length: int, offset: int) -> None:
+        """pwrite(2), after the next submit. At most `entries` that have no result yet."""
+
+    def submit(self) -> None:
+        """Let the thread begin."""
+
+    def results(self) -> list[int]:
+        """What has ended, in the order of push: bytes, or -errno."""
+
+    def cancel(self) -> None:
+        """What was not begun ends with -ECANCELED."""
+
+    def close(self) -> None:
+        """End the thread; only when nothing is pending. Waits until it has ended."""
+
+
+def start_writer(entries: int) -> Writer | None:
+    """None: without a compiler there is none, and io_uring writes."""
+    return None
