@@ -34,13 +34,14 @@ class Writer(Protocol):
     fd: int  # readable when there may be results
 
     def push(self, fd: int, address: int, length: int, offset: int) -> None:
-        """pwrite(2), after the next submit. At most `entries` that have no result yet."""
+        """pwrite(2), after the next submit; fdatasync(2) where the address is 0. At most `entries`
+        that have no result yet."""
 
     def submit(self) -> None:
         """Let the thread begin."""
 
     def results(self) -> list[int]:
-        """What has ended, in the order of push: bytes, or -errno."""
+        """What has ended, in the order of push: bytes (of fdatasync 0), or -errno."""
 
     def cancel(self) -> None:
         """What was not begun ends with -ECANCELED."""

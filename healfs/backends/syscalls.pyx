@@ -25,7 +25,7 @@ cdef extern from *:
 
     struct healfs_write {
         int fd;
-        void *address;
+        void *address;          /* NULL: fdatasync */
         size_t length;
         off_t offset;
         long long result;
@@ -94,8 +94,10 @@ cdef extern from *:
 
                 if (HEALFS_LOAD(w->cancelled))
                     errno = ECANCELED;
-                else
+                else if (at->address)
                     count = pwrite(at->fd, at->address, at->length, at->offset);
+                else
+                    count = fdatasync(at->fd);
                 at->result = count < 0 ? -errno : count;
                 HEALFS_STORE(w->done, ++done);
                 if (!HEALFS_SWAP(w->told, 1) && write(w->event, &one, sizeof one) < 0)

@@ -2,7 +2,7 @@ cimport cython
 
 from healfs.backends.syscalls cimport Writer, enter
 
-cdef long long _U32, _FALLOCATE, _ASYNC, _WRITE
+cdef long long _U32, _FALLOCATE, _ASYNC, _WRITE, _FSYNC
 cdef unsigned long long _CANCEL
 
 
@@ -26,6 +26,7 @@ cdef class Ring:
     cdef object _written
     cdef object _to_write
     cdef bint _handed
+    cdef bint _syncing
     cdef list _pending
     cdef list _free
     cdef object _waiting

@@ -84,6 +84,7 @@ _U32 = 0xFFFFFFFF
 _FALLOCATE = IORING_OP_FALLOCATE
 _ASYNC = IOSQE_ASYNC << 8
 _WRITE = IORING_OP_WRITE
+_FSYNC = IORING_OP_FSYNC
 _CANCEL = IORING_OP_ASYNC_CANCEL | 0xFFFFFFFF << 32  # descriptor -1
 
 
@@ -212,6 +213,7 @@ class Ring:
         self._written: deque[Operation] = deque()  # the writer has these, in this order
         self._to_write: deque[Operation] = deque()  # it has no room for these
         self._handed = True  # it knows of all that it has
+        self._syncing = False  # what it has is an FSYNC
         # By user_data, which is a place in this list; 0 is a cancel's.
         self._pending: list[Operation | None] = [None] * (self._entries + 1)
         self._free = list(range(self._entries, 0, -1))
@@ -269,12 +271,19 @@ class Ring:
         )  # an optimisation: an old kernel goes without
 
     def push(self, operation: Operation) -> None:
-        if self._writer is not None and operation.opcode == _WRITE and not operation.flags:
-            if self._to_write or len(self._written) == self._entries:
-                self._to_write.append(operation)
-            else:
+        if self._writer is not None and not self._syncing:
+            if operation.opcode == _WRITE and not operation.flags:
+                if self._to_write or len(self._written) == self._entries:
+                    self._to_write.append(operation)
+                else:
+                    self._write(operation)
+                return
+            if operation.opcode == _FSYNC and not self._written:
+                # Who flushes after each write finds the thread awake. What comes meanwhile goes
+                # to io_uring, and waits for no disk.
+                self._syncing = True
                 self._write(operation)
-            return
+                return
         # No more than `entries` in the kernel: the completion queue is twice that, so it never
         # overflows.
         if not self._free:
@@ -359,6 +368,7 @@ class Ring:
         assert writer is not None
         for result in writer.results():
             ended.append((written.popleft(), result))
+            self._syncing = False
         while self._to_write and len(written) < self._entries:
             self._write(self._to_write.popleft())
 

@@ -30,7 +30,9 @@ def rings(path: Path) -> Iterator[tuple[Ring, int, Completions]]:
     """A ring with a writer, the file, and what completed."""
     completed: Completions = []
     fd = os.open(path, os.O_RDWR)
-    ring = Ring(ENTRIES, lambda o, result: completed.append((o.offset, result)), writer=True)
+    ring = Ring(
+        ENTRIES, lambda o, result: completed.append((o.offset, result)), patience=0, writer=True
+    )
     try:
         yield ring, fd, completed
     finally:
@@ -111,3 +113,25 @@ async def test_what_waits_behind_a_held_write_never_lands_when_cancelled(
     assert completed[0] == (0, PAGE)
     ended = [result for _, result in completed[1:]]
     assert set(ended) == {-errno.ECANCELED} and len(ended) == min(count, ENTRIES - 1)
+
+
+async def test_no_write_waits_behind_a_flush(held_store: HeldStore, image: Path) -> None:
+    with rings(held_store.path) as (ring, fd, completed):
+        other = os.open(image, os.O_RDWR)
+        ring.push(Operation(IORING_OP_FSYNC, fd))
+        ring.submit()
+        await eventually(lambda: held_store.held() == 1)
+        for number in 1, 2:
+            ring.push(write(other, number))
+            ring.submit()
+            with trio.fail_after(DEADLINE):
+                while len(completed) < number:
+                    await ring.wait()
+                    ring.reap()
+        held_store.release()
+        await reap(ring)
+        ring.push(write(other, 3))
+        ring.submit()
+        await reap(ring)
+        os.close(other)
+    assert completed == [(PAGE, PAGE), (2 * PAGE, PAGE), (0, 0), (3 * PAGE, PAGE)]
