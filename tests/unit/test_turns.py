@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -189,3 +190,56 @@ def test_a_bug_in_the_backend_costs_the_connection(world: World, event: Event) -
     ask(world)
     assert world.turns().run()
     assert world.closed == 1
+
+
+class Epoll:
+    """Events come so many seconds after they are waited for, on a clock that each look moves on."""
+
+    def __init__(self, waits: list[float]) -> None:
+        self.now = 0.0
+        self.due: float | None = None
+        self.waits = waits
+        self.looks: list[int] = []  # of each wait, before it slept
+        self.slept = 0
+
+    def register(self, fd: int, events: int) -> None:
+        self.fd = fd
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        if self.due is None:
+            if not self.waits:
+                self.now += turns.SPIN / 10
+                self.slept += bool(timeout)
+                return []
+            self.due = self.now + self.waits.pop(0)
+            self.looks.append(0)
+        if timeout:
+            self.slept += 1
+            self.now = max(self.now, self.due)
+        else:
+            self.looks[-1] += 1
+            self.now += turns.SPIN / 10
+        if self.now < self.due:
+            return []
+        self.due = None
+        return [(self.fd, 1)]
+
+
+def test_it_looks_before_it_sleeps_while_that_pays(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that takes its time costs no CPU: after three waits in vain it sleeps at once."""
+    soon, late = turns.SPIN / 2, turns.SPIN * 10
+    epoll = Epoll([soon, late, soon, late, late, late, late, late, soon, soon, late])
+    monkeypatch.setattr(turns, "select", SimpleNamespace(epoll=lambda: epoll, EPOLLIN=1))
+    monkeypatch.setattr(turns, "time", epoll)
+    world.on_request = world.answer
+    world.drain = lambda: bool(world.on_request()) or True  # type: ignore[method-assign]
+    assert world.turns().run()
+    found = [looks > 0 for looks in epoll.looks]
+    assert found == [True] * 6 + [False] * 3 + [True] * 2
+    assert all(looks <= 10 for looks in epoll.looks)
+    assert epoll.slept == 9  # the last of them ends the turn
