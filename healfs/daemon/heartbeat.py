@@ -14,6 +14,7 @@ from __future__ import annotations
 from healfs.daemon.sd_notify import SdNotify
 
 BEAT_SECONDS = 1.0
+IDLE_SECONDS = 6.0  # between the beats of a disk that nobody uses
 SILENT_SECONDS = 30.0  # a worker that has not beaten for so long hangs
 START_SECONDS = 60.0  # from its start to its first beat
 
@@ -23,28 +24,38 @@ class Heartbeat:
         self._systemd = systemd
         watchdog = systemd.watchdog
         self.period = min(BEAT_SECONDS, watchdog / 4) if watchdog else BEAT_SECONDS
+        self.idle_period = min(IDLE_SECONDS, watchdog / 4) if watchdog else IDLE_SECONDS
         self.limit = min(SILENT_SECONDS, watchdog / 2) if watchdog else SILENT_SECONDS
         self.silent = 0.0
         self._looked = self._fed = 0.0
         self._has_beaten = False
+        self._is_idle = False
         self._was_killed = False
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a beat after which there may be something to see to."""
+        return 2 * self.idle_period if self._is_idle else self.period
 
     def started(self, now: float) -> None:
         """Another worker."""
-        self._has_beaten = self._was_killed = False
+        self._has_beaten = self._is_idle = self._was_killed = False
         self.silent = 0.0
         self._looked = now
         self._feed(now)
 
-    def beat(self, now: float) -> None:
+    def beat(self, now: float, idle: bool = False) -> None:
+        """`idle`: the next one may come after the idle period only."""
         self._has_beaten = True
+        self._is_idle = idle
         self.silent = 0.0
         self._feed(now)
 
     def hangs(self, now: float) -> bool:
-        """To be asked once a period. True once a worker: it has been silent for too long."""
-        # At most two periods a look: while this process was frozen, so was the worker.
-        self.silent += min(now - self._looked, 2 * self.period)
+        """To be asked with each beat, and after `patience` without one. True once a worker: it
+        has been silent for too long."""
+        # At most so much a look: while this process was frozen, so was the worker.
+        self.silent += min(now - self._looked, max(self.patience, 2 * self.period))
         self._looked = now
         if self._was_killed or not self._has_beaten:
             self.none_runs(now)

@@ -10,8 +10,8 @@ keeper.
 Messages on the socket to a worker are JSON objects, one a packet. From the worker:
 {"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "serving", "version": text},
 {"do": "init", "request": hex, "reply": hex, "resend": bool}, {"do": "alive"}, {"do": "ready"},
-{"do": "beat", "status": text}, {"do": "event", "event": name, "data": object, "time": seconds},
-{"do": "unmounted", "data": object};
+{"do": "beat", "status": text, "idle": bool}, {"do": "unmounted", "data": object},
+{"do": "event", "event": name, "data": object, "time": seconds};
 the first three get a reply, {"ok": true} (a mount's with the descriptor) or {"error": text,
 "errno": n}. To the worker: a greeting, then {"event": "terminate"}. What an upgrade adds: see
 daemon/upgrading.py.
@@ -167,7 +167,9 @@ class Keeper:
         """Until there is something to do."""
         poll = select.poll()
         fds = [self.wake, self.door.fileno(), *self.upgrading.descriptors()]
-        times = [self.upgrading.deadline, time.monotonic() + self.heartbeat.period]
+        # A worker's beat wakes this one; two sleepers that wake each other cost half as much.
+        patience = self.heartbeat.period if self.worker is None else self.heartbeat.patience
+        times = [self.upgrading.deadline, time.monotonic() + patience]
         if self.worker is None:
             times.append(self.start_at)
         else:
@@ -242,6 +244,7 @@ class Keeper:
             "restarts": self.restarts,
             "died": self.died,
             "beat": self.heartbeat.period,
+            "idle_beat": self.heartbeat.idle_period,
             "silence": self.heartbeat.limit,
         }
 
@@ -296,7 +299,7 @@ class Keeper:
                 self.systemd.ready()
             case "beat":
                 self.systemd.status(message["status"])
-                self.heartbeat.beat(time.monotonic())
+                self.heartbeat.beat(time.monotonic(), message.get("idle", False))
             case "unmounted":
                 self.unmounted = dict(message["data"])
             case "event" if self.futile < 2 or message["event"] != "HEALFS_FAULTED":

@@ -92,6 +92,8 @@ class Worker:
         self.notes: list[str] = []  # of the system, for status
         self.negotiated = trio.Event()  # what the kernel can, with the first worker
         self.resend = False  # it can send requests again, and the keeper knows
+        self._idle = False  # nobody uses the disk: it beats slowly until `_stir` is set
+        self._stir = trio.Event()
         self._alive = False  # something was answered, and the keeper told
         self.unmounting = Unmounting(self)
 
@@ -121,6 +123,7 @@ class Worker:
             self._alarm.deadline = trio.current_time() + max(0.0, when - time.monotonic())
 
     def event(self, name: str, data: dict[str, object]) -> None:
+        self._stir.set()
         if name == "BLOCK_IO_ERROR":
             errno = data.get("errno")
             assert isinstance(errno, int)
@@ -174,6 +177,10 @@ class Worker:
 
     async def _beat(self) -> None:
         """Show the keeper that this loop, which drives the engine, goes round."""
+        greeting = self.parent.greeting
+        period = greeting["beat"]
+        idle_period = greeting.get("idle_beat", period)  # an older keeper does not say
+        answered = -1
         while True:
             try:
                 if hasattr(self, "channel"):
@@ -181,8 +188,15 @@ class Worker:
                 text = commands.summary(self)
             except Exception as exc:
                 text = f"internal error: {exc!r}"
-            self.parent.tell({"do": "beat", "status": text})
-            await trio.sleep(self.parent.greeting["beat"])
+            before, answered = answered, sum(self.engine.totals.requests)
+            self._idle = text == State.READY and answered == before
+            self.parent.tell({"do": "beat", "status": text, "idle": self._idle})
+            if self._idle:
+                self._stir = trio.Event()
+                with trio.move_on_after(idle_period):
+                    await self._stir.wait()
+            else:
+                await trio.sleep(period)
 
     async def _mount(self) -> int | None:
         """None when mounted, else the exit status (the reason was reported)."""
@@ -302,6 +316,9 @@ class Worker:
 
     def commit(self) -> None:
         """End of a batch of requests."""
+        if self._idle:
+            self._idle = False
+            self._stir.set()
         if self.engine.writes_outstanding:
             self._count_unflushed()  # when it is less, the next beat says so
         self.backend.commit()

@@ -43,6 +43,21 @@ def test_silence_is_a_hang_after_half_the_watchdog(watchdog: float, limit: float
 def test_the_beats_come_often_enough_for_a_short_watchdog() -> None:
     assert Heartbeat(Systemd(1.0)).period == 0.25
     assert Heartbeat(Systemd(60.0)).period == 1.0
+    assert [Heartbeat(Systemd(w)).idle_period for w in (0.0, 1.0, 20.0, 60.0)] == [6, 0.25, 5, 6]
+
+
+def test_beats_of_an_idle_disk_come_late_and_a_hang_is_found_all_the_same() -> None:
+    heart = Heartbeat(Systemd(0.0))
+    heart.started(0.0)
+    heart.beat(1.0, idle=True)
+    assert heart.patience == 12
+    assert not heart.hangs(1000.0)  # the keeper was frozen, and so was the worker
+    assert not heart.hangs(1000.0 + heart.idle_period)
+    heart.beat(1000.0 + heart.idle_period, idle=True)
+    assert hung_after(heart, 1006.0, 100, look=heart.patience) == 36
+    heart.started(2000.0)
+    heart.beat(2001.0)
+    assert heart.patience == 1
 
 
 def test_a_worker_that_starts_has_longer_and_the_watchdog_is_fed_meanwhile() -> None:
