@@ -224,14 +224,15 @@ class Ring:
 
     def _start_writer(self) -> None:
         try:
+            both = select.epoll()
+            both.register(self._ring, select.EPOLLIN)
             self._writer = start_writer(self._entries)
         except OSError:
-            return  # no more threads: io_uring writes
+            return  # no more descriptors or threads: io_uring writes
         if self._writer is not None:
-            self._both = select.epoll()
-            self._both.register(self._ring, select.EPOLLIN)
-            self._both.register(self._writer.fd, select.EPOLLIN)
-            self.fd = self._both.fileno()
+            both.register(self._writer.fd, select.EPOLLIN)
+            self._both = both
+            self.fd = both.fileno()
 
     def _check(self, params: bytes) -> None:
         (features,) = struct.unpack_from("<I", params, PARAMS_FEATURES)
