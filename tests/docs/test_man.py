@@ -25,7 +25,7 @@ from healfs.core.policy import Policy
 from healfs.core.ring import PAGE as PAGE_SIZE
 from healfs.core.states import State
 from healfs.core.writelog import RESERVED
-from healfs.daemon import fencing, heartbeat, keeper, takeover, upgrading
+from healfs.daemon import fencing, heartbeat, keeper, takeover, turns, upgrading
 from healfs.fuse.wire import MAX_WRITE
 from tests.docs import states
 
@@ -200,6 +200,8 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
     assert NbdBackend.settle == 5 and FileBackend.settle == 0
     assert f"It may take {fencing.FENCE_SECONDS:g} seconds" in SEMANTICS.read_text()
     assert heartbeat.SILENT_SECONDS == 30 and "After thirty seconds without that" in text
+    assert heartbeat.IDLE_SECONDS == 6 and "every six seconds while nobody uses" in text
+    assert turns.MISSES == 3 and f"for {turns.SPIN * 1e6:g} microseconds" in text
     options = documented("mount")
     assert f"{2 * RESERVED} to {MAXIMUM_ENTRIES}" in options["--log-entries"]
     assert f"{2 * (MAX_WRITE + PAGE_SIZE)} bytes" in options["--log-size"]
