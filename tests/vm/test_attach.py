@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from healfs.control.client import Client, connect
+from healfs.control.client import Client, ControlError, connect
 from tests.backends.nbd_servers import nbdkit, wait_until
 from tests.conftest import Mounter
 from tests.mounts import HealfsMount
@@ -53,6 +53,15 @@ def command(printed: str) -> list[str]:
     return ["sh", "-c", f'exec qemu-system-x86_64 {machine} "$@" {printed}', "sh"]
 
 
+def answers(monitor: Path) -> bool:
+    """A socket has its name (bind) before anybody answers there (listen)."""
+    try:
+        connect(str(monitor), 60).close()
+    except ControlError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def qemu(printed: str, directory: Path) -> Iterator[Client]:
     """QEMU with these arguments, paused before its first instruction; its monitor."""
@@ -61,7 +70,7 @@ def qemu(printed: str, directory: Path) -> Iterator[Client]:
     arguments = [*command(printed), "-qmp", f"unix:{monitor},server=on,wait=off"]
     process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *arguments])
     try:
-        wait_until(lambda: monitor.exists() or process.poll() is not None, "QEMU's monitor", 60)
+        wait_until(lambda: answers(monitor) or process.poll() is not None, "QEMU's monitor", 60)
         assert process.poll() is None, "QEMU did not take the arguments"
         with connect(str(monitor), 60) as client:
             yield client
