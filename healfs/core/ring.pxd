@@ -21,10 +21,13 @@ cdef class PayloadRing:
     cdef object _slots
     cdef object _scratch
     cdef public long long overflow
+    cdef object _pages
+    cdef long long _ready
     cdef public object window
 
     @cython.locals(place="long long", rest="long long")
     cdef object _room(self, long long length)
+    cdef object _make_ready(self, long long end)
     cpdef object target(self)
     cpdef Slot keep(self, long long length)
     @cython.locals(place="long long", slot=Slot)

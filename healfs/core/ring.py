@@ -10,9 +10,11 @@ payloads go to ordinary memory until there is room: /dev/fuse must always be rea
 from __future__ import annotations
 
 from collections import deque
+from typing import Protocol
 
 PAGE = 4096  # payloads begin on a page: O_DIRECT takes them as they are
 _PAGE = PAGE
+STEP = 2 << 20  # bytes made ready at once; a ring that keeps nothing may shrink to so many
 
 
 class Slot:
@@ -29,10 +31,20 @@ class Slot:
         self.request: object = None  # whose payload it is
 
 
+class Pages(Protocol):
+    """The pages of the ring's memory, from byte to byte."""
+
+    def populate(self, start: int, end: int) -> None:
+        """They are there from now on."""
+
+    def drop(self, start: int, end: int) -> None:
+        """Nothing is kept in them."""
+
+
 class PayloadRing:
     """`memory` is a multiple of a page; `message` is the longest payload, in bytes."""
 
-    def __init__(self, memory: memoryview, message: int) -> None:
+    def __init__(self, memory: memoryview, message: int, pages: Pages | None = None) -> None:
         if len(memory) < 2 * message or len(memory) % PAGE:
             raise ValueError("the ring is too small for two messages, or no multiple of a page")
         self.size = len(memory)
@@ -41,9 +53,13 @@ class PayloadRing:
         self._head = 0  # positions only grow; position modulo size is the place
         self._tail = 0
         self._slots: deque[Slot] = deque()
-        self._scratch = bytearray(message)
+        self._scratch = bytearray()
         self.overflow = 0  # bytes in ordinary memory
-        self.window: memoryview | None = memory[:message]
+        self._pages = pages
+        self._ready = (
+            self.size if pages is None else 0
+        )  # bytes from the start whose pages are there
+        self.window: memoryview | None = self._room(message)
 
     @property
     def head(self) -> int:
@@ -65,13 +81,35 @@ class PayloadRing:
             place = 0
         elif self.used + length > self.size:
             return None
+        if place + length > self._ready:
+            self._make_ready(place + length)
         return self._memory[place : place + length]
+
+    def _make_ready(self, end: int) -> None:
+        assert self._pages is not None
+        end = min(self.size, max(end, self._ready + STEP))
+        self._pages.populate(self._ready, end)
+        self._ready = end
+
+    @property
+    def is_small(self) -> bool:
+        return self._ready <= STEP or self._pages is None
+
+    def shrink(self) -> None:
+        """Give memory back, if nothing is kept in it."""
+        if self._pages is not None and not self._slots and not self.is_small:
+            self._pages.drop(STEP, self._ready)
+            self._ready = STEP
 
     def target(self) -> memoryview | bytearray:
         """Where the next message's payload is to be read to."""
         if self.window is None:
             self.window = self._room(self.message)
-        return self._scratch if self.window is None else self.window
+        if self.window is not None:
+            return self.window
+        if not self._scratch:
+            self._scratch = bytearray(bytes(self.message))  # copied: its pages are there, too
+        return self._scratch
 
     def keep(self, length: int) -> Slot:
         """Keep the first `length` bytes of the target."""
@@ -121,7 +159,7 @@ class PayloadRing:
             slots.popleft()
         # Empty: start over at the front, so that a quiet disk touches few pages.
         self._head = self._tail = 0
-        self.window = self._memory[: self.message]
+        self.window = self._room(self.message)
 
     def oldest(self) -> Slot | None:
         """What holds back the tail."""
@@ -143,7 +181,11 @@ class PayloadRing:
         """Take over the slots that an earlier worker had in use."""
         self._slots = deque(sorted(slots, key=lambda slot: slot.end))
         if self._slots:
+            if self._ready < self.size:
+                self._make_ready(self.size)
             first = self._slots[0]
             self._head = self._slots[-1].end
             self._tail = first.end - -(-len(first.data) // PAGE) * PAGE
             self.window = self._room(self.message)
+        elif self._pages is not None:
+            self._pages.drop(self._ready, self.size)

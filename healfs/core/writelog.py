@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from healfs.core.overlap import Overlap, Range
 from healfs.core.request import Done, Kind, Phase, Request
-from healfs.core.ring import PAGE, PayloadRing, Slot
+from healfs.core.ring import PAGE, Pages, PayloadRing, Slot
 
 FREE, SENT, COMPLETED, UNSETTLED = 0, 1, 2, 3
 # state, kind, flags, -, order, tag, offset, length, place in the ring, end in the ring, until
@@ -80,7 +80,9 @@ class WriteLog:
     Raises LayoutError.
     """
 
-    def __init__(self, memory: memoryview, entries: int, message: int) -> None:
+    def __init__(
+        self, memory: memoryview, entries: int, message: int, pages: Pages | None = None
+    ) -> None:
         if entries < 2 * RESERVED:
             raise ValueError(f"the log needs at least {2 * RESERVED} entries")
         check_layout(memory)
@@ -90,7 +92,7 @@ class WriteLog:
         self._table = memory[HEADER : HEADER + table]
         self._words = self._table.cast("Q")
         self._states = self._table.cast("I")[:: 2 * WORDS]
-        self.ring = PayloadRing(memory[HEADER + table :], message)
+        self.ring = PayloadRing(memory[HEADER + table :], message, pages)
         self._free = list(range(entries - 1, -1, -1))
         self._entries: dict[int, Request] = {}  # by order
         self._completed: deque[Request] = deque()  # on this connection, in that order

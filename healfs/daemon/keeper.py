@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import select
 import signal
@@ -167,18 +168,23 @@ class Keeper:
         """Until there is something to do."""
         poll = select.poll()
         fds = [self.wake, self.door.fileno(), *self.upgrading.descriptors()]
-        # A worker's beat wakes this one; two sleepers that wake each other cost half as much.
-        patience = self.heartbeat.period if self.worker is None else self.heartbeat.patience
-        times = [self.upgrading.deadline, time.monotonic() + patience]
+        times = [self.upgrading.deadline, time.monotonic() + self.heartbeat.patience]
+        # What comes to a disk that is idle: the worker has to see to it, and to beat.
+        comes = [self.fuse, self.listener.fileno()] if self.heartbeat.is_idle else []
         if self.worker is None:
             times.append(self.start_at)
         else:
             fds += self.worker.descriptors()
+        if self.futile or self.leaving is not None:
+            times.append(self.look_at)
         if self.kill_at is not None:
             times.append(self.kill_at)
-        for fd in fds:
+        for fd in (*fds, *comes):
             poll.register(fd, select.POLLIN)
-        poll.poll(max(0.0, min(times) - time.monotonic()) * 1000 + 1)
+        seconds = max(0.0, min(times) - time.monotonic())
+        ready = poll.poll(None if seconds == math.inf else seconds * 1000 + 1)
+        if any(fd in comes for fd, _ in ready):
+            self.heartbeat.something_came(time.monotonic())
 
     def _turn(self) -> int | None:
         """Do what there is to do; the exit status when that was the last."""
@@ -244,7 +250,7 @@ class Keeper:
             "restarts": self.restarts,
             "died": self.died,
             "beat": self.heartbeat.period,
-            "idle_beat": self.heartbeat.idle_period,
+            "may_rest": True,
             "silence": self.heartbeat.limit,
         }
 

@@ -7,7 +7,6 @@ ends with as little in flight as it can, so that an upgrade leaves less behind t
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,9 @@ import trio
 import healfs
 from healfs.config import ConfigError, MountConfig
 from healfs.core.policy import PolicyError
-from healfs.core.ring import PAGE
-from healfs.core.writelog import LayoutError, WriteLog, check_layout, memory_size
+from healfs.core.writelog import LayoutError, check_layout
 from healfs.daemon.children import PROTOCOL
+from healfs.daemon.log_memory import LogMemory
 from healfs.fuse import negotiation, wire
 
 if TYPE_CHECKING:
@@ -39,24 +38,6 @@ def check_protocol(greeting: dict[str, Any]) -> None:
         raise LayoutError(f"the keeper speaks protocol {greeting['protocol']}, not {PROTOCOL}")
 
 
-def memory(config: MountConfig, fd: int) -> memoryview:
-    """The keeper's memfd, which outlives this process. Raises LayoutError."""
-    size = memory_size(config.log_size, config.log_entries)
-    found = os.fstat(fd).st_size
-    if found == 0:
-        os.ftruncate(fd, size)
-    elif found != size:
-        raise LayoutError(f"it needs {size} bytes of memory for the write log, there are {found}")
-    # Populated: a SIGKILL while the kernel copies a payload into a page that is not there yet
-    # would make the guest see EIO.
-    return memoryview(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
-
-
-def write_log(config: MountConfig, memory: memoryview) -> WriteLog:
-    """Raises LayoutError."""
-    return WriteLog(memory, config.log_entries, wire.MAX_WRITE + PAGE)
-
-
 async def wait_as_candidate(parent: Parent, fd: int) -> bool:
     """Say whether this version fits, and wait; False: another one is the worker."""
     reason = await _unfit(parent.greeting, fd)
@@ -74,7 +55,7 @@ async def _unfit(greeting: dict[str, Any], fd: int) -> str:
     try:
         check_protocol(greeting)
         config = MountConfig.from_json(greeting["config"])
-        check_layout(memory(config, fd))
+        check_layout(LogMemory(config, fd).view)
     except (ConfigError, PolicyError, LayoutError) as exc:
         return str(exc)
     ours = await negotiation.negotiate(bytes.fromhex(greeting["init"]))

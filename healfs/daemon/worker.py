@@ -34,8 +34,10 @@ from healfs.core.engine import Engine
 from healfs.core.request import Request
 from healfs.core.states import State
 from healfs.core.writelog import LayoutError
-from healfs.daemon import commands, faults, fencing, lines, log_file, memory_lock, sources, takeover
+from healfs.daemon import commands, faults, fencing, lines, log_file, sources, takeover
+from healfs.daemon.beats import Beats
 from healfs.daemon.children import HANDED_OVER
+from healfs.daemon.log_memory import LogMemory
 from healfs.daemon.parent import Parent, ParentError
 from healfs.daemon.report import INTERRUPTED, Report
 from healfs.daemon.telling import Telling
@@ -65,13 +67,13 @@ class Worker:
         self.backend: Backend = sources.backend_for(config)
         self.geometry: Geometry | None = None
         settle = self.backend.settle if config.settle is None else config.settle
-        memory = takeover.memory(config, fds["memory"])
-        self.unlocked = memory_lock.lock(memory)
+        memory = LogMemory(config, fds["memory"])
+        self.unlocked = memory.lock()
         self.engine = Engine(
             self,
             config.policy,
             time.monotonic,
-            takeover.write_log(config, memory),
+            memory.write_log(),
             slow_after=config.slow_after,
             settle=settle,
             fence=config.fence is not None,
@@ -92,8 +94,6 @@ class Worker:
         self.notes: list[str] = []  # of the system, for status
         self.negotiated = trio.Event()  # what the kernel can, with the first worker
         self.resend = False  # it can send requests again, and the keeper knows
-        self._idle = False  # nobody uses the disk: it beats slowly until `_stir` is set
-        self._stir = trio.Event()
         self._alive = False  # something was answered, and the keeper told
         self.unmounting = Unmounting(self)
 
@@ -123,7 +123,6 @@ class Worker:
             self._alarm.deadline = trio.current_time() + max(0.0, when - time.monotonic())
 
     def event(self, name: str, data: dict[str, object]) -> None:
-        self._stir.set()
         if name == "BLOCK_IO_ERROR":
             errno = data.get("errno")
             assert isinstance(errno, int)
@@ -142,7 +141,7 @@ class Worker:
         status: int | None = None
         async with trio.open_nursery() as nursery:
             parent = self.parent
-            for task in (parent.listen, parent.heed_signals, self._beat, self.telling.run):
+            for task in (parent.listen, parent.heed_signals, Beats(self).run, self.telling.run):
                 nursery.start_soon(faults.guarded, self, task)
             for why in self.parent.terminate.wait, self.report.forsaken:
                 nursery.start_soon(self._end_early, nursery.cancel_scope, why)
@@ -168,35 +167,12 @@ class Worker:
             self._early_end = INTERRUPTED
             scope.cancel()
 
-    def _count_unflushed(self) -> None:
+    def count_unflushed(self) -> None:
         log, geometry = self.engine.log, self.geometry
         known = log.keep or geometry is None or geometry.can_flush
         # Of those held, each may be answered before this is called again.
         requests = len(log) + len(self.channel.held) if known else unflushed.NO_LOG
         self._account.set(requests, log.ring.used + log.ring.overflow)
-
-    async def _beat(self) -> None:
-        """Show the keeper that this loop, which drives the engine, goes round."""
-        greeting = self.parent.greeting
-        period = greeting["beat"]
-        idle_period = greeting.get("idle_beat", period)  # an older keeper does not say
-        answered = -1
-        while True:
-            try:
-                if hasattr(self, "channel"):
-                    self._count_unflushed()
-                text = commands.summary(self)
-            except Exception as exc:
-                text = f"internal error: {exc!r}"
-            before, answered = answered, sum(self.engine.totals.requests)
-            self._idle = text == State.READY and answered == before
-            self.parent.tell({"do": "beat", "status": text, "idle": self._idle})
-            if self._idle:
-                self._stir = trio.Event()
-                with trio.move_on_after(idle_period):
-                    await self._stir.wait()
-            else:
-                await trio.sleep(period)
 
     async def _mount(self) -> int | None:
         """None when mounted, else the exit status (the reason was reported)."""
@@ -316,11 +292,8 @@ class Worker:
 
     def commit(self) -> None:
         """End of a batch of requests."""
-        if self._idle:
-            self._idle = False
-            self._stir.set()
         if self.engine.writes_outstanding:
-            self._count_unflushed()  # when it is less, the next beat says so
+            self.count_unflushed()  # when it is less, the next beat says so
         self.backend.commit()
         if not self._alive and any(self.engine.totals.requests):
             self._alive = True

@@ -23,9 +23,10 @@ from healfs.control.server import Limits as ControlLimits
 from healfs.core.engine import Engine, Limits
 from healfs.core.policy import Policy
 from healfs.core.ring import PAGE as PAGE_SIZE
+from healfs.core.ring import STEP
 from healfs.core.states import State
 from healfs.core.writelog import RESERVED
-from healfs.daemon import fencing, heartbeat, keeper, takeover, turns, upgrading
+from healfs.daemon import beats, fencing, heartbeat, keeper, takeover, turns, upgrading
 from healfs.fuse.wire import MAX_WRITE
 from tests.docs import states
 
@@ -200,7 +201,8 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
     assert NbdBackend.settle == 5 and FileBackend.settle == 0
     assert f"It may take {fencing.FENCE_SECONDS:g} seconds" in SEMANTICS.read_text()
     assert heartbeat.SILENT_SECONDS == 30 and "After thirty seconds without that" in text
-    assert heartbeat.IDLE_SECONDS == 6 and "every six seconds while nobody uses" in text
+    assert beats.REST_SECONDS == 60 and "idle for a minute" in text
+    assert STEP == 2 << 20 and "by 2 MiB at a time" in text
     assert turns.MISSES == 3 and f"for {turns.SPIN * 1e6:g} microseconds" in text
     options = documented("mount")
     assert f"{2 * RESERVED} to {MAXIMUM_ENTRIES}" in options["--log-entries"]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from healfs.core import ring as ring_module
 from healfs.core.ring import PayloadRing
 
 MESSAGE = 4 * mmap.PAGESIZE
@@ -74,3 +75,68 @@ def test_one_old_payload_holds_back_the_tail_and_loses_nothing():
 def test_a_ring_too_small_for_two_messages_is_refused():
     with pytest.raises(ValueError, match="too small"):
         PayloadRing(memoryview(bytearray(MESSAGE)), MESSAGE)
+
+
+class There:
+    """Which bytes of the memory have their pages."""
+
+    def __init__(self, memory):
+        self.memory = memory
+        self.end = 0
+
+    def populate(self, start, end):
+        assert start == self.end < end
+        self.end = end
+
+    def drop(self, start, end):
+        assert end >= self.end
+        self.end = start
+        self.memory[start:end] = bytes(end - start)
+
+
+@settings(max_examples=200, deadline=None)
+@given(STEPS, st.integers(2, 5))
+def test_nothing_is_read_to_a_page_that_is_not_there_nor_is_what_is_kept_given_back(
+    steps, messages
+):
+    memory = bytearray(messages * MESSAGE)
+    pages = There(memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_module, "STEP", MESSAGE)
+        ring = PayloadRing(memoryview(memory), MESSAGE, pages)
+        kept = []
+        for number, (keep, length, choice) in enumerate(steps):
+            ring.target()
+            if ring.window is not None:
+                assert ring.head % ring.size + MESSAGE <= pages.end
+            if choice % 3 == 0:
+                ring.shrink()
+                assert kept or ring.is_small
+            if keep or not kept:
+                content = bytes([number % 255 + 1]) * length
+                ring.target()[:length] = content
+                kept.append((ring.keep(length), content))
+            else:
+                ring.release(kept.pop(choice % len(kept))[0])
+            for slot, content in kept:
+                assert bytes(slot.data) == content
+        for slot, _ in kept:
+            ring.release(slot)
+        ring.shrink()
+        assert pages.end == MESSAGE
+
+
+def test_a_successor_has_the_pages_of_what_it_takes_over_and_gives_back_the_others():
+    memory = bytearray(8 * MESSAGE)
+    ring = PayloadRing(memoryview(memory), MESSAGE, There(memory))
+    ring.target()[:1] = b"x"
+    slot = ring.keep(1)
+    pages = There(memory)
+    PayloadRing(memoryview(memory), MESSAGE, pages).restore([slot])
+    assert pages.end == len(memory)
+    pages = There(memory)
+    memory[-1] = 1  # the predecessor's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring_module, "STEP", MESSAGE)
+        PayloadRing(memoryview(memory), MESSAGE, pages).restore([])
+    assert pages.end == MESSAGE and not memory[-1]
