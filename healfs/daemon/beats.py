@@ -29,7 +29,7 @@ class Beats(trio.abc.Instrument):
         self._asleep = False
         self._woken = trio.Event()
 
-    async def run(self) -> None:
+    async def beat(self) -> None:
         greeting = self._worker.parent.greeting
         period, may_rest = greeting["beat"], greeting.get("may_rest", False)
         ring = self._worker.engine.log.ring
@@ -41,7 +41,7 @@ class Beats(trio.abc.Instrument):
                 self._text == State.READY and answered == before and not self._worker.channel.held
             )
             if not (idle and may_rest):
-                self._beat(idle=False)
+                self._tell(idle=False)
                 await trio.sleep(period)
             elif ring.used or ring.is_small:
                 await self._rest(math.inf)
@@ -57,7 +57,7 @@ class Beats(trio.abc.Instrument):
         except Exception as exc:
             return f"internal error: {exc!r}"
 
-    def _beat(self, *, idle: bool) -> None:
+    def _tell(self, *, idle: bool) -> None:
         self._worker.parent.tell({"do": "beat", "status": self._text, "idle": idle})
 
     async def _rest(self, seconds: float) -> bool:
@@ -72,11 +72,11 @@ class Beats(trio.abc.Instrument):
     def before_io_wait(self, timeout: float) -> None:
         if timeout > 0 and not self._asleep:
             self._asleep = True
-            self._beat(idle=True)
+            self._tell(idle=True)
 
     def after_io_wait(self, timeout: float) -> None:
         if self._asleep:
             self._asleep = False
-            self._beat(idle=False)
+            self._tell(idle=False)
             trio.lowlevel.remove_instrument(self)
             self._woken.set()

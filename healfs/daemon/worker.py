@@ -141,7 +141,7 @@ class Worker:
         status: int | None = None
         async with trio.open_nursery() as nursery:
             parent = self.parent
-            for task in (parent.listen, parent.heed_signals, Beats(self).run, self.telling.run):
+            for task in (parent.listen, parent.heed_signals, Beats(self).beat, self.telling.run):
                 nursery.start_soon(faults.guarded, self, task)
             for why in self.parent.terminate.wait, self.report.forsaken:
                 nursery.start_soon(self._end_early, nursery.cancel_scope, why)

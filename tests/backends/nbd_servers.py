@@ -114,9 +114,16 @@ class NbdServer:
         self.process = None
 
     def pause(self) -> None:
-        """SIGSTOP: it holds its connections and answers nothing."""
+        """SIGSTOP: it holds its connections and answers nothing, once each thread has stopped."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+
+        def stopped() -> bool:
+            stats = [stat.read_text() for stat in tasks.glob("*/stat")]
+            return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+        wait_until(stopped, "the server to stop")
 
     def resume(self) -> None:
         assert self.process is not None

@@ -13,7 +13,7 @@ from tests.backends.conftest import HeldStore as HeldStore
 from tests.backends.conftest import held_store as held_store
 from tests.backends.conftest import loop_device as loop_device
 from tests.backends.conftest import write_through as write_through
-from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
+from tests.backends.nbd_servers import NbdServer, nbdkit
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
@@ -40,17 +40,6 @@ def server(image: Path) -> Iterator[NbdServer]:
     """nbdkit on the image, greeting."""
     with nbdkit("file", str(image)) as running:
         yield running
-
-
-def pause(server: NbdServer) -> None:
-    """SIGSTOP, and until each of its threads has stopped: one may still be answering."""
-    server.pause()
-
-    def stopped() -> bool:
-        stats = Path(f"/proc/{server.pid}/task").glob("*/stat")
-        return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
-
-    wait_until(stopped, "the server to stop")
 
 
 class Opener(Protocol):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.backends.nbd_servers import NbdServer
 from tests.conftest import Mounter
-from tests.fuse.conftest import Opener, pause
+from tests.fuse.conftest import Opener
 from tests.fuse.control import control
 from tests.mounts import HealfsMount
 
@@ -57,7 +57,7 @@ def test_what_hangs_in_the_server_fails(
     waiting = [agent(mount.file) for _ in calls]
     later = agent(mount.file)
     waiting[0].ok("pwrite", 0, b"o" * 4096)  # an fsync has something to do
-    pause(server)
+    server.pause()
     with control(mount) as disk:
         for one, call in zip(waiting, calls, strict=True):
             one.ask(*call)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.backends.nbd_servers import NbdServer, nbdkit
 from tests.conftest import Mounter
-from tests.fuse.conftest import Opener, pause
+from tests.fuse.conftest import Opener
 from tests.fuse.control import ANSWER, Control, control
 from tests.mounts import HealfsMount
 
@@ -146,7 +146,7 @@ def test_a_server_that_is_stopped_leaves_the_rest_answering(
     _, server = large
     mount = healfs_mount(server.uri(), "--slow-after", "1s")
     with control(mount) as disk:
-        pause(server)
+        server.pause()
         load = Load(mount.file, _small_jobs(4, 250))
         disk.until(lambda s: sum(s["requests"].values()) >= 1000, 60)
         status = disk.state("stalled")

@@ -15,7 +15,6 @@ import pytest
 from tests.backends.nbd_servers import NbdServer
 from tests.conftest import Mounter
 from tests.fuse.conftest import Opener
-from tests.fuse.conftest import pause as stop_server
 from tests.fuse.control import control
 from tests.lossy.rig import LossyServer
 from tests.mounts import HEALFS, HealfsMount
@@ -97,7 +96,7 @@ def test_it_says_how_far_it_is_and_goes_on(
 ) -> None:
     mount = healfs_mount(server.uri(), "--slow-after", "1h")
     writer = agent(mount.file)
-    stop_server(server)
+    server.pause()
     writer.ask("pwrite", 0, BLOCK)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     done = _verb(mount, "pause", "--timeout", "200ms")
@@ -116,7 +115,7 @@ def test_ctrl_c_ends_the_waiting_not_the_pause(
 ) -> None:
     mount = healfs_mount(server.uri(), "--slow-after", "1h")
     writer = agent(mount.file)
-    stop_server(server)
+    server.pause()
     writer.ask("pwrite", 0, BLOCK)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     with subprocess.Popen(
@@ -142,7 +141,7 @@ def test_a_worker_that_dies_while_it_drains_leaves_the_disk_paused(
     mount = healfs_mount(lossy.uri(), "--slow-after", "1h")
     writer = agent(mount.file)
     writer.ok("pwrite", 0, BLOCK)
-    stop_server(lossy)
+    lossy.pause()
     writer.ask("pwrite", 4096, BLOCK)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     assert _verb(mount, "pause", "--timeout", "100ms").returncode == 1

@@ -14,7 +14,7 @@ import pytest
 from healfs.control.client import ControlError
 from tests.backends.nbd_servers import NbdServer, nbdkit
 from tests.conftest import Mounter
-from tests.fuse.conftest import Opener, Rules, pause
+from tests.fuse.conftest import Opener, Rules
 from tests.fuse.control import ANSWER, control
 
 BLOCK = b"x" * 4096
@@ -124,7 +124,7 @@ def test_qmp_stop_tells_of_the_drain_when_the_hanging_request_is_answered(
     mount = healfs_mount(server.uri(), "--slow-after", "1s")
     writer, later = agent(mount.file), agent(mount.file)
     with control(mount) as disk:
-        pause(server)
+        server.pause()
         writer.ask("pwrite", 0, BLOCK)
         disk.until(lambda status: status["requests"]["in_flight"] == 1)
         disk.state("stalled")
@@ -278,7 +278,7 @@ def test_a_hang_counts_from_the_sending_of_the_oldest_request(
     mount = healfs_mount(server.uri(), "--slow-after", "1s", "--retry-timeout", "2s")
     reader = agent(mount.file)
     with control(mount) as disk:
-        pause(server)
+        server.pause()
         reader.ask("pread", 0, 512)
         status = disk.state("stalled")
         assert status["requests"] == {"in_flight": 1, "parked": 0, "unsettled": 0}

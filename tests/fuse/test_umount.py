@@ -17,7 +17,6 @@ from healfs.control.client import connect
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
-from tests.fuse.conftest import pause
 from tests.fuse.control import ANSWER, Control
 
 BLOCK = b"x" * 4096
@@ -62,7 +61,7 @@ def hanging(commands: Commands, server: NbdServer) -> Iterator[tuple[Commands, A
     writer = Agent(commands.file)
     try:
         assert writer.ok("pwrite", 4096, BLOCK) == 4096
-        pause(server)
+        server.pause()
         writer.ask("pwrite", 0, BLOCK)
         with connect(str(_status(commands)["control"]), ANSWER) as client:
             Control(client).until(lambda status: status["requests"]["in_flight"] == 1)
@@ -420,7 +419,7 @@ def test_a_process_killed_while_its_request_hangs_in_the_server_is_let_go(
     """The request was in flight when the outage began: it was not parked when it came."""
     _mounted(commands, server.uri())
     waiting = Agent(commands.file)
-    pause(server)
+    server.pause()
     waiting.ask("pread", 0, 512)
     with connect(str(_status(commands)["control"]), ANSWER) as client:
         Control(client).until(lambda status: status["requests"]["in_flight"] == 1)

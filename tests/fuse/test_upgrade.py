@@ -12,7 +12,7 @@ import pytest
 
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.conftest import Mounter
-from tests.fuse.conftest import Opener, pause
+from tests.fuse.conftest import Opener
 from tests.fuse.test_verify import _fio
 from tests.mounts import HEALFS, ROOT, HealfsMount
 
@@ -149,7 +149,7 @@ def test_what_hangs_in_the_server_is_not_waited_for_long(
     """What the old version had sent is unsettled for the new one, as after a death."""
     mount = healfs_mount(server.uri(), "--settle", "1h")
     writer = agent(mount.file)
-    pause(server)  # all its threads: one may still be answering
+    server.pause()
     writer.ask("pwrite", 0, BLOCK)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     version.upgrade(mount)

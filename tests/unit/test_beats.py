@@ -81,7 +81,7 @@ def told(world: World, seconds: float, use: float = math.inf) -> list[float | st
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Beats(world).run)  # type: ignore[arg-type]
+            nursery.start_soon(Beats(world).beat)  # type: ignore[arg-type]
             if use < seconds:
                 await trio.sleep_until(use)
                 world.totals.requests[0] += 1
