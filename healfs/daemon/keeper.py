@@ -218,7 +218,7 @@ class Keeper:
             return self._too_late(now) if now >= self.kill_at else None
         if self.leaving is not None:
             self.heartbeat.none_runs(now)
-        elif self._is_replaceable() and self.heartbeat.hangs(now):
+        elif (self.heartbeat.is_idle or self._is_replaceable()) and self.heartbeat.hangs(now):
             self.say("the worker hangs: killed")
             self.worker.kill()
         return None

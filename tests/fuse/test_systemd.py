@@ -17,6 +17,7 @@ import pytest
 from tests.backends.nbd_servers import NbdServer, nbdkit
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
+from tests.mounts import ROOT
 
 GENEROUS = 60.0
 BLOCK = b"x" * 4096
@@ -173,3 +174,19 @@ def test_a_worker_that_hangs_starves_the_watchdog_until_it_is_replaced(
     fed = [at for at, message in manager.had if message.get("WATCHDOG") == "1"]
     gaps = [later - at for at, later in itertools.pairwise(fed)]
     assert fed[-1] > held and 4 < max(gaps) < 12  # the limit is half of the 12 s
+
+
+@pytest.mark.parametrize("kernel", ["this", "before 6.9"])
+def test_the_watchdog_of_a_disk_that_nobody_uses_is_fed(
+    manager: Manager, image: Path, kernel: str
+) -> None:
+    """By the keeper alone; where no worker could be replaced, too."""
+    manager.commands.environment |= {"WATCHDOG_USEC": "4000000"}
+    if kernel != "this":
+        manager.commands.environment["PYTHONPATH"] = str(ROOT / "tests/fuse/old_kernel")
+    manager.start(image)
+    manager.ready()
+    for _ in range(10):
+        manager.until(lambda message: message.get("WATCHDOG") == "1")
+    fed = [at for at, message in manager.had if message.get("WATCHDOG") == "1"]
+    assert max(later - at for at, later in itertools.pairwise(fed)) < 4
