@@ -141,7 +141,10 @@ def _garbage(server: HostileServer, client: socket.socket) -> None:
 def _options(server: HostileServer, client: socket.socket, reply: bytes) -> None:
     client.sendall(pack(">QQH", proto.NBDMAGIC, proto.IHAVEOPT, 3))
     client.recv(4)
-    _, option, _ = Struct(">QII").unpack(client.recv(16, socket.MSG_WAITALL))
+    header = client.recv(16, socket.MSG_WAITALL)
+    if len(header) < 16:
+        return  # the client has given up, or has ended
+    _, option, _ = Struct(">QII").unpack(header)
     server.send_for_ever(client, pack(">QI", proto.OPTION_REPLY, option) + reply)
 
 
