@@ -10,7 +10,6 @@ payloads go to ordinary memory until there is room: /dev/fuse must always be rea
 from __future__ import annotations
 
 from collections import deque
-from typing import Protocol
 
 PAGE = 4096  # payloads begin on a page: O_DIRECT takes them as they are
 _PAGE = PAGE
@@ -31,8 +30,8 @@ class Slot:
         self.request: object = None  # whose payload it is
 
 
-class Pages(Protocol):
-    """The pages of the ring's memory, from byte to byte."""
+class Pages:
+    """The pages of the ring's memory, from byte to byte: of ordinary memory, always there."""
 
     def populate(self, start: int, end: int) -> None:
         """They are there from now on."""
@@ -41,10 +40,13 @@ class Pages(Protocol):
         """Nothing is kept in them."""
 
 
+ALWAYS_THERE = Pages()
+
+
 class PayloadRing:
     """`memory` is a multiple of a page; `message` is the longest payload, in bytes."""
 
-    def __init__(self, memory: memoryview, message: int, pages: Pages | None = None) -> None:
+    def __init__(self, memory: memoryview, message: int, pages: Pages = ALWAYS_THERE) -> None:
         if len(memory) < 2 * message or len(memory) % PAGE:
             raise ValueError("the ring is too small for two messages, or no multiple of a page")
         self.size = len(memory)
@@ -56,9 +58,7 @@ class PayloadRing:
         self._scratch = bytearray()
         self.overflow = 0  # bytes in ordinary memory
         self._pages = pages
-        self._ready = (
-            self.size if pages is None else 0
-        )  # bytes from the start whose pages are there
+        self._ready = 0  # so many bytes from the start have their pages
         self.window: memoryview | None = self._room(message)
 
     @property
@@ -86,18 +86,17 @@ class PayloadRing:
         return self._memory[place : place + length]
 
     def _make_ready(self, end: int) -> None:
-        assert self._pages is not None
         end = min(self.size, max(end, self._ready + STEP))
         self._pages.populate(self._ready, end)
         self._ready = end
 
     @property
     def is_small(self) -> bool:
-        return self._ready <= STEP or self._pages is None
+        return self._ready <= STEP
 
     def shrink(self) -> None:
         """Give memory back, if nothing is kept in it."""
-        if self._pages is not None and not self._slots and not self.is_small:
+        if not self._slots and not self.is_small:
             self._pages.drop(STEP, self._ready)
             self._ready = STEP
 
@@ -187,5 +186,5 @@ class PayloadRing:
             self._head = self._slots[-1].end
             self._tail = first.end - -(-len(first.data) // PAGE) * PAGE
             self.window = self._room(self.message)
-        elif self._pages is not None:
+        else:
             self._pages.drop(self._ready, self.size)

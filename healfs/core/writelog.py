@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from healfs.core.overlap import Overlap, Range
 from healfs.core.request import Done, Kind, Phase, Request
-from healfs.core.ring import PAGE, Pages, PayloadRing, Slot
+from healfs.core.ring import ALWAYS_THERE, PAGE, Pages, PayloadRing, Slot
 
 FREE, SENT, COMPLETED, UNSETTLED = 0, 1, 2, 3
 # state, kind, flags, -, order, tag, offset, length, place in the ring, end in the ring, until
@@ -81,7 +81,7 @@ class WriteLog:
     """
 
     def __init__(
-        self, memory: memoryview, entries: int, message: int, pages: Pages | None = None
+        self, memory: memoryview, entries: int, message: int, pages: Pages = ALWAYS_THERE
     ) -> None:
         if entries < 2 * RESERVED:
             raise ValueError(f"the log needs at least {2 * RESERVED} entries")

@@ -61,7 +61,7 @@ class Beats(trio.abc.Instrument):
         self._worker.parent.tell({"do": "beat", "status": self._text, "idle": idle})
 
     async def _rest(self, seconds: float) -> bool:
-        """True: nothing came for so long."""
+        """True: nothing came for so long. (That it is over wakes the loop as anything does.)"""
         until = trio.current_time() + seconds
         self._woken = trio.Event()
         trio.lowlevel.add_instrument(self)

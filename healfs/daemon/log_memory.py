@@ -13,7 +13,7 @@ import os
 import resource
 
 from healfs.config import MountConfig, format_size
-from healfs.core.ring import PAGE
+from healfs.core.ring import PAGE, Pages
 from healfs.core.writelog import LayoutError, WriteLog, memory_size
 from healfs.fuse import wire
 
@@ -23,7 +23,7 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class LogMemory:
+class LogMemory(Pages):
     """Raises LayoutError where the memory was made for a log of another size."""
 
     def __init__(self, config: MountConfig, fd: int) -> None:
@@ -58,8 +58,6 @@ class LogMemory:
             f"the write log's {format_size(size)} of memory may be swapped out: {error}; "
             f"RLIMIT_MEMLOCK is {allowed}: raise it (ulimit -l, LimitMEMLOCK=) or lower --log-size"
         )
-
-    # --- Pages ------------------------------------------------------------------------------
 
     def populate(self, start: int, end: int) -> None:
         try:
