@@ -1,5 +1,7 @@
 cimport cython
 
+cdef long long _PAGE, _PAGE_SHIFT
+
 
 cdef class Buffer:
     cdef public unsigned long long address
@@ -15,7 +17,7 @@ cdef class Pool:
     cdef long long _allocated
     cdef list _free
 
-    @cython.locals(free=list, others=list)
+    @cython.locals(free=list, others=list, order="long long")
     cpdef Buffer take(self, long long length)
     @cython.locals(free=list)
     cpdef object give(self, Buffer buffer)

@@ -11,6 +11,7 @@ import mmap
 from healfs.backends.syscalls import address_of
 
 PAGE_SHIFT = mmap.PAGESIZE.bit_length() - 1
+_PAGE, _PAGE_SHIFT = mmap.PAGESIZE, PAGE_SHIFT
 
 
 class Buffer:
@@ -37,7 +38,7 @@ class Pool:
 
     def take(self, length: int) -> Buffer | None:
         """A buffer of at least `length` bytes; None: wait until one was given back."""
-        order = max(PAGE_SHIFT, (length - 1).bit_length())
+        order = _PAGE_SHIFT if length <= _PAGE else (length - 1).bit_length()
         free = self._free[order]
         if free:
             return free.pop()

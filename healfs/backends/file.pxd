@@ -12,6 +12,10 @@ cdef class _Transfer(Operation):
     cdef public tuple modes
 
 
+@cython.locals(transfer=_Transfer)
+cdef _Transfer _transfer(long long opcode, long long fd, Request request, object done)
+
+
 cdef class _Session:
     cdef public bint blocked
     cdef public long long fd
@@ -33,7 +37,7 @@ cdef class _Session:
     cdef object _read(self, Request request, object done)
     @cython.locals(buffer=Buffer, transfer=_Transfer)
     cdef object _write(self, Request request, object done)
-    @cython.locals(request=Request, buffer=Buffer)
-    cpdef object complete(self, _Transfer transfer, long long result)
+    @cython.locals(request=Request, buffer=Buffer, result="long long", error="long long")
+    cpdef object complete(self, _Transfer transfer)
     cpdef object commit(self)
     cdef object _start(self)

@@ -19,7 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -66,18 +66,27 @@ class _Transfer(Operation):
 
     __slots__ = ("buffer", "done", "modes", "request")
 
-    def __init__(self, opcode: int, fd: int, request: Request, done: Done) -> None:
-        self.opcode = opcode
-        self.fd = fd
-        self.offset = request.offset
-        self.length = request.length
-        self.flags = 0
-        self.address = 0
-        self.view: Any = None
-        self.request = request
-        self.done = done
-        self.buffer: Buffer | None = None
-        self.modes: tuple[int, ...] = ()  # of FALLOCATE, still to be tried
+    request: Request
+    done: Done
+    buffer: Buffer | None
+    modes: tuple[int, ...]  # of FALLOCATE, still to be tried
+
+
+def _transfer(opcode: int, fd: int, request: Request, done: Done) -> _Transfer:
+    # A compiler boxes the arguments of a class.
+    transfer: _Transfer = _Transfer.__new__(_Transfer)
+    transfer.opcode = opcode
+    transfer.fd = fd
+    transfer.offset = request.offset
+    transfer.length = request.length
+    transfer.flags = 0
+    transfer.address = 0
+    transfer.view = None
+    transfer.request = request
+    transfer.done = done
+    transfer.buffer = None
+    transfer.modes = ()
+    return transfer
 
 
 class _Session:
@@ -112,7 +121,7 @@ class _Session:
         elif not request.length:
             self._answers.append((request, done, 0))
         else:
-            transfer = _Transfer(IORING_OP_FALLOCATE, self.fd, request, done)
+            transfer = _transfer(IORING_OP_FALLOCATE, self.fd, request, done)
             if kind == Kind.DISCARD:
                 transfer.modes = (PUNCH,)
             else:
@@ -127,7 +136,7 @@ class _Session:
         if buffer is None:
             self._deferred.append((request, done))
             return
-        transfer = _Transfer(IORING_OP_READ, self.fd, request, done)
+        transfer = _transfer(IORING_OP_READ, self.fd, request, done)
         transfer.buffer = buffer
         transfer.address = buffer.address
         transfer.view = buffer.first(request.length)
@@ -140,7 +149,7 @@ class _Session:
         view = memoryview(request.data)
         # The kernel needs an address, and ctypes gives one of writable memory only.
         address = 0 if view.readonly else address_of(view)
-        transfer = _Transfer(IORING_OP_WRITE, self.fd, request, done)
+        transfer = _transfer(IORING_OP_WRITE, self.fd, request, done)
         if view.readonly or address % self._alignment:
             buffer = self._pool.take(request.length)
             if buffer is None:
@@ -156,7 +165,7 @@ class _Session:
         self.queue.push(transfer)
 
     def _flush(self, request: Request, done: Done) -> None:
-        transfer = _Transfer(IORING_OP_FSYNC, self.fd, request, done)
+        transfer = _transfer(IORING_OP_FSYNC, self.fd, request, done)
         transfer.offset = transfer.length = 0
         transfer.flags = IORING_FSYNC_DATASYNC
         self.queue.push(transfer)
@@ -166,11 +175,12 @@ class _Session:
         transfer.modes = tuple(rest)
         self.queue.push(transfer)
 
-    def complete(self, transfer: _Transfer, result: int) -> None:
+    def complete(self, transfer: _Transfer) -> None:
         if not self._alive:
             return  # the engine has the request parked
         request = transfer.request
         buffer = transfer.buffer
+        result = transfer.result
         error = 0
         if result < 0:
             error = -result

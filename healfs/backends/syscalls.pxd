@@ -14,6 +14,7 @@ cdef class Writer:
         self, long long fd, unsigned long long address, long long length, long long offset
     )
     cpdef object submit(self)
-    cpdef list results(self)
+    cpdef long long ready(self)
+    cpdef long long take(self)
     cpdef object cancel(self)
     cpdef object close(self)

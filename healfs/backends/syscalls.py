@@ -40,8 +40,11 @@ class Writer(Protocol):
     def submit(self) -> None:
         """Let the thread begin."""
 
-    def results(self) -> list[int]:
-        """What has ended, in the order of push: bytes (of fdatasync 0), or -errno."""
+    def ready(self) -> int:
+        """How many have ended; all are to be taken."""
+
+    def take(self) -> int:
+        """The result of the next, in the order of push: bytes (of fdatasync 0), or -errno."""
 
     def cancel(self) -> None:
         """What was not begun ends with -ECANCELED."""

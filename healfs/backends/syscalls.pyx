@@ -222,8 +222,11 @@ cdef class Writer:
     cpdef object submit(self):
         healfs_submit(self._writer)
 
-    cpdef list results(self):
-        return [healfs_take(self._writer) for _ in range(healfs_ready(self._writer))]
+    cpdef long long ready(self):
+        return healfs_ready(self._writer)
+
+    cpdef long long take(self):
+        return healfs_take(self._writer)
 
     cpdef object cancel(self):
         healfs_cancel(self._writer)

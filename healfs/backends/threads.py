@@ -60,7 +60,7 @@ class ThreadPool:
         self._threads = 0
         self._pushed: list[Operation] = []
         self._work: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
-        self._ended: deque[tuple[Operation, int]] = deque()
+        self._ended: deque[Operation] = deque()
         self._pending = 0
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._open = threading.Lock()
@@ -80,8 +80,8 @@ class ThreadPool:
 
     def _run(self) -> None:
         while (operation := self._work.get()) is not None:
-            result = perform(operation)
-            self._ended.append((operation, result))
+            operation.result = perform(operation)
+            self._ended.append(operation)
             self._signal()
 
     def _signal(self) -> None:
@@ -96,10 +96,10 @@ class ThreadPool:
     def reap(self) -> int:
         count = 0
         while self._ended:
-            operation, result = self._ended.popleft()
+            operation = self._ended.popleft()
             self._pending -= 1
             count += 1
-            self._complete(operation, result)
+            self._complete(operation)
         return count
 
     def unsubmitted(self) -> bool:

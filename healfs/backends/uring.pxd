@@ -13,6 +13,7 @@ cdef class Operation:
     cdef public long long length
     cdef public long long offset
     cdef public long long opcode
+    cdef public long long result
     cdef public object view
 
 
@@ -23,7 +24,9 @@ cdef class Ring:
     cdef public long long fd
     cdef Writer _writer
     cdef object _both
-    cdef object _written
+    cdef list _written
+    cdef long long _to_take
+    cdef long long _writes
     cdef object _to_write
     cdef bint _handed
     cdef bint _syncing
@@ -58,9 +61,10 @@ cdef class Ring:
     cpdef object submit(self)
     @cython.locals(u32="unsigned int[::1]", s32="int[::1]", u64="unsigned long long[::1]",
                    head="long long", end="long long", at="long long", mask="long long",
-                   cqes="long long", user_data="long long", pending=list, free=list, ended=list)
+                   cqes="long long", user_data="long long", pending=list, free=list, ended=list,
+                   operation=Operation)
     cpdef long long reap(self) except -1
-    @cython.locals(writer=Writer)
+    @cython.locals(writer=Writer, written=list, operation=Operation, place="long long")
     cdef object _reap_written(self, list ended)
     cdef long long _completed(self, list ended) except -1
     cpdef bint unsubmitted(self)

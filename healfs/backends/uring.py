@@ -93,10 +93,11 @@ class Operation:
 
     READ, WRITE: `length` bytes at `offset`, to or from `address`; `flags` are RWF_*. FSYNC: of
     the data. FALLOCATE: `flags` is the mode. `view` is the memory behind `address` (the thread
-    pool uses that); it is kept until the operation is complete.
+    pool uses that); it is kept until the operation is complete. `result`, then: bytes
+    transferred, or a negative errno.
     """
 
-    __slots__ = ("address", "fd", "flags", "length", "offset", "opcode", "view")
+    __slots__ = ("address", "fd", "flags", "length", "offset", "opcode", "result", "view")
 
     def __init__(
         self,
@@ -115,10 +116,11 @@ class Operation:
         self.flags = flags
         self.address = address
         self.view = view
+        self.result = 0
 
 
-# (the operation that was pushed, bytes transferred or negative errno), on the loop's thread
-Complete = Callable[[Any, int], None]
+# Called on the loop's thread with an operation that was pushed.
+Complete = Callable[[Any], None]
 
 
 class Queue(Protocol):
@@ -210,12 +212,14 @@ class Ring:
         self._both: select.epoll | None = None
         if writer:
             self._start_writer()
-        self._written: deque[Operation] = deque()  # the writer has these, in this order
         self._to_write: deque[Operation] = deque()  # it has no room for these
         self._handed = True  # it knows of all that it has
         self._syncing = False  # what it has is an FSYNC
         # By user_data, which is a place in this list; 0 is a cancel's.
         self._pending: list[Operation | None] = [None] * (self._entries + 1)
+        # What the writer has, in a ring as its own is.
+        self._written: list[Operation | None] = [None] * self._entries
+        self._to_take = self._writes = 0  # positions in it only grow
         self._free = list(range(self._entries, 0, -1))
         self._waiting: deque[Operation] = deque()
         self._tail = 0
@@ -274,12 +278,12 @@ class Ring:
     def push(self, operation: Operation) -> None:
         if self._writer is not None and not self._syncing:
             if operation.opcode == _WRITE and not operation.flags:
-                if self._to_write or len(self._written) == self._entries:
+                if self._to_write or self._writes - self._to_take == self._entries:
                     self._to_write.append(operation)
                 else:
                     self._write(operation)
                 return
-            if operation.opcode == _FSYNC and not self._written:
+            if operation.opcode == _FSYNC and self._writes == self._to_take:
                 # Who flushes after each write finds the thread awake. What comes meanwhile goes
                 # to io_uring, and waits for no disk.
                 self._syncing = True
@@ -298,7 +302,8 @@ class Ring:
         writer = self._writer
         assert writer is not None
         writer.push(o.fd, o.address, o.length, o.offset)
-        self._written.append(o)
+        self._written[self._writes & self._sq_mask] = o
+        self._writes += 1
         self._handed = False
 
     def _pack(self, o: Operation) -> None:
@@ -342,8 +347,8 @@ class Ring:
 
     def reap(self) -> int:
         u32, u64, s32 = self._u32, self._u64, self._s32
-        ended: list[tuple[Operation | None, int]] = []
-        if self._written:
+        ended: list[Operation] = []
+        if self._writes != self._to_take:
             self._reap_written(ended)
         head, end = u32[self._cq_head], u32[self._cq_tail]
         if head == end:
@@ -355,7 +360,10 @@ class Ring:
             user_data = u64[at // 8]
             head = (head + 1) & _U32
             if user_data:
-                ended.append((pending[user_data], s32[at // 4 + 2]))
+                operation = pending[user_data]
+                assert operation is not None
+                operation.result = s32[at // 4 + 2]
+                ended.append(operation)
                 pending[user_data] = None
                 free.append(user_data)
         u32[self._cq_head] = head
@@ -364,26 +372,32 @@ class Ring:
             self.push(waiting.popleft())
         return self._completed(ended)
 
-    def _reap_written(self, ended: list[tuple[Operation | None, int]]) -> None:
+    def _reap_written(self, ended: list[Operation]) -> None:
         writer, written = self._writer, self._written
         assert writer is not None
-        for result in writer.results():
-            ended.append((written.popleft(), result))
+        for _ in range(writer.ready()):
+            place = self._to_take & self._sq_mask
+            operation = written[place]
+            assert operation is not None
+            operation.result = writer.take()
+            ended.append(operation)
+            written[place] = None
+            self._to_take += 1
             self._syncing = False
-        while self._to_write and len(written) < self._entries:
+        while self._to_write and self._writes - self._to_take < self._entries:
             self._write(self._to_write.popleft())
 
-    def _completed(self, ended: list[tuple[Operation | None, int]]) -> int:
+    def _completed(self, ended: list[Operation]) -> int:
         complete = self._complete
-        for operation, result in ended:
-            complete(operation, result)
+        for operation in ended:
+            complete(operation)
         return len(ended)
 
     def unsubmitted(self) -> bool:
         return self._tail != self._submitted or not self._handed
 
     def pending(self) -> int:
-        return self._entries - len(self._free) + len(self._written)
+        return self._entries - len(self._free) + self._writes - self._to_take
 
     def cancel(self) -> None:
         self._waiting.clear()

@@ -9,6 +9,8 @@ from healfs.core.writelog cimport WriteLog
 
 cdef class Engine:
     cdef public object effects
+    cdef object _send_to
+    cdef object _done
     cdef public object policy
     cdef public object clock
     cdef public WriteLog log

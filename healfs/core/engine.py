@@ -29,7 +29,7 @@ from healfs.core.policy import Action, Policy
 from healfs.core.prober import FIRST_PAUSE, Prober
 from healfs.core.queues import Queues
 from healfs.core.replay import Replay, covers, patch
-from healfs.core.request import TAG_MASK, Kind, Phase, Request
+from healfs.core.request import TAG_MASK, Done, Kind, Phase, Request
 from healfs.core.retries import Retries
 from healfs.core.ring import Slot
 from healfs.core.states import State, check_move
@@ -51,7 +51,9 @@ class Effects(Protocol):
     """What the engine asks of the world. None of these may call the engine back before it
     returns: a completion inside `send` would nest as deep as the queue is long."""
 
-    def send(self, request: Request) -> None: ...
+    def send(self, request: Request, done: Done) -> None:
+        """Looked up anew with each connection: it may be the backend's own `submit`."""
+
     def taken(self, request: Request) -> bool:
         """Did the backend take any of it? Asked after close; what it did not take never lands."""
 
@@ -96,6 +98,8 @@ class Engine:
         rng: random.Random | None = None,
     ) -> None:
         self.effects = effects
+        self._send_to = effects.send
+        self._done: Done = self.completed  # bound once
         self.policy = policy
         self.clock = clock
         self.log = _private_log() if log is None else log
@@ -238,7 +242,7 @@ class Engine:
         alarm = self._alarm
         if alarm is None or now + self._silence < alarm:
             self._wake_at(now + self._silence)
-        self.effects.send(request)
+        self._send_to(request, self._done)
 
     def _send_flush(self, request: Request, now: float) -> None:
         if not self.can_flush:
@@ -275,7 +279,7 @@ class Engine:
         self._queues.in_flight[request.order] = request
         if self._alarm is None or now + self._silence < self._alarm:
             self._wake_at(now + self._silence)
-        self.effects.send(request)
+        self._send_to(request, self._done)
 
     def _flush_log(self) -> None:
         """Send a flush, for all guests that wait for one, or to make room in the log.
@@ -706,6 +710,7 @@ class Engine:
             self.log.ring.unpin(self._pinned)  # connect() has waited for what hung
             self._pinned = []
             self.link_up = True
+            self._send_to = self.effects.send
             self._last_answer = now
             self._prober.up(now)
             if self._ever_connected:

@@ -1,5 +1,6 @@
 # What a compiler may know of request.py: see [tool.setuptools] in pyproject.toml.
 
+cimport cython
 
 from healfs.core.overlap cimport Range
 
@@ -32,3 +33,11 @@ cdef class Request(Range):
     cdef public long long completed
     cdef public bint internal
     cdef public Request origin
+
+    cdef object _fill(self, object kind, long long offset, long long length, object on_answer,
+                      object data, bint fua, bint may_unmap, unsigned long long tag, object owner)
+
+
+@cython.locals(request=Request)
+cpdef Request transfer(object kind, long long offset, long long length, object on_answer,
+                       object data, bint fua, unsigned long long tag, object owner)

@@ -21,6 +21,8 @@ class Phase(enum.IntEnum):
     DONE = 4  # answered and out of the backend's hands
 
 
+NEW = Phase.NEW  # looked up once
+
 # FUSE sets bit 63 of the unique id of a request that comes again; the rest is as it was.
 TAG_MASK = (1 << 63) - 1
 
@@ -80,6 +82,20 @@ class Request(Range):
         tag: int = 0,
         owner: Any = None,
     ) -> None:
+        self._fill(kind, offset, length, on_answer, data, fua, may_unmap, tag, owner)
+
+    def _fill(
+        self,
+        kind: Kind,
+        offset: int,
+        length: int,
+        on_answer: Done,
+        data: memoryview | bytes | bytearray | None,
+        fua: bool,
+        may_unmap: bool,
+        tag: int,
+        owner: Any,
+    ) -> None:
         self.kind = kind
         self.offset = offset
         self.length = length
@@ -92,7 +108,7 @@ class Request(Range):
         self.caller = 0  # thread id of who asked
         self.process: int | None = None  # its process, as far as it was looked up
         # --- the engine's ---
-        self.phase = Phase.NEW
+        self.phase: Phase = NEW
         self.answered = False
         self.order = 0
         self.arrived = 0.0
@@ -114,6 +130,22 @@ class Request(Range):
     def __repr__(self) -> str:
         fua = " FUA" if self.fua else ""
         return f"<{self.kind.name} {self.offset}+{self.length}{fua} {self.phase.name.lower()}>"
+
+
+def transfer(
+    kind: Kind,
+    offset: int,
+    length: int,
+    on_answer: Done,
+    data: memoryview | bytearray | None,
+    fua: bool,
+    tag: int,
+    owner: Any,
+) -> Request:
+    """A READ or a WRITE: Request(...) for a compiler, which boxes the arguments of a class."""
+    request: Request = Request.__new__(Request)
+    request._fill(kind, offset, length, on_answer, data, fua, False, tag, owner)
+    return request
 
 
 def oldest_first(again: list[Request]) -> list[Request]:

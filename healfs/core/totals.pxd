@@ -1,3 +1,6 @@
+cimport cython
+
+
 cdef class Totals:
     cdef public list requests
     cdef public list bytes
@@ -7,4 +10,5 @@ cdef class Totals:
     cdef public long long ignored_bytes
     cdef public long long failed_by_operator
 
+    @cython.locals(index="long long")
     cpdef object count(self, object kind, long long length, long long errno)

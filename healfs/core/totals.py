@@ -19,11 +19,12 @@ class Totals:
         self.failed_by_operator = 0  # requests answered with an error on demand
 
     def count(self, kind: Kind, length: int, errno: int) -> None:
-        self.requests[kind] += 1
+        index: int = kind  # looked up once
+        self.requests[index] += 1
         if errno:
-            self.errors[kind] += 1
+            self.errors[index] += 1
         else:
-            self.bytes[kind] += length
+            self.bytes[index] += length
 
     def as_dict(self) -> dict[str, object]:
         kinds: dict[str, object] = {

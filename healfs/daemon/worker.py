@@ -31,7 +31,7 @@ from healfs.config import MountConfig
 from healfs.control import mounts, unflushed
 from healfs.control.server import ControlServer
 from healfs.core.engine import Engine
-from healfs.core.request import Request
+from healfs.core.request import Done, Request
 from healfs.core.states import State
 from healfs.core.writelog import LayoutError
 from healfs.daemon import commands, faults, fencing, lines, log_file, sources, takeover
@@ -79,7 +79,6 @@ class Worker:
             fence=config.fence is not None,
             ambiguous=self.backend.ambiguous,
         )
-        self._completed = self.engine.completed  # bound once
         allowed = config.allow_uid
         self.control = ControlServer(commands.verbs(self), version=__version__, allowed=allowed)
         self.telling = Telling(parent, self.control)
@@ -99,8 +98,9 @@ class Worker:
 
     # --- Effects ----------------------------------------------------------------------------
 
-    def send(self, request: Request) -> None:
-        self.backend.submit(request, self._completed)
+    @property
+    def send(self) -> Callable[[Request, Done], None]:
+        return self.backend.submit
 
     def taken(self, request: Request) -> bool:
         return self.backend.taken(request)

@@ -1,6 +1,6 @@
 cimport cython
 
-from healfs.core.request cimport Request
+from healfs.core.request cimport Request, transfer
 from healfs.core.ring cimport PayloadRing, Slot
 from healfs.fuse.messages cimport Messages
 
@@ -11,6 +11,9 @@ cdef class Channel:
     cdef public long long fuse
     cdef public long long size
     cdef public object sink
+    cdef object _submit
+    cdef object _read_done
+    cdef object _write_done
     cdef public object commit
     cdef public object seek
     cdef public bint read_only

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import trio
 
-from healfs.core.request import Kind, Phase, Request, oldest_first
+from healfs.core.request import Done, Kind, Phase, Request, oldest_first, transfer
 from healfs.core.ring import PayloadRing
 from healfs.fuse import negotiation, wire
 from healfs.fuse.messages import Messages
@@ -68,6 +68,10 @@ class Channel:
         self.fuse = fuse
         self.size = size
         self.sink = sink
+        # Bound once.
+        self._submit = sink.submit
+        self._read_done: Done = self._answer_read
+        self._write_done: Done = self._answer_write
         self.commit = commit
         self.seek = seek
         self.read_only = read_only
@@ -183,7 +187,7 @@ class Channel:
             self._again.append(request)
             return
         self.held[request.tag] = request
-        self.sink.submit(request)
+        self._submit(request)
         if not request.answered and request.phase is not IN_FLIGHT:  # it waits: who asked?
             self.on_held(request)
 
@@ -193,7 +197,7 @@ class Channel:
             if size <= 0:  # end of file
                 self._reply(unique, 0)
                 return
-        self._hold(Request(READ, offset, size, self._answer_read, tag=unique), pid)
+        self._hold(transfer(READ, offset, size, self._read_done, None, False, unique, None), pid)
 
     def _write(
         self, unique: int, pid: int, length: int, offset: int, size: int, flags: int
@@ -206,16 +210,9 @@ class Channel:
             self._reply(unique, e.ENOSPC)
         else:
             slot = self.ring.keep(size)
-            request = Request(
-                WRITE,
-                offset,
-                size,
-                self._answer_write,
-                data=slot.data,
-                fua=bool(flags & O_DSYNC),
-                tag=unique,
-                owner=slot,
-            )
+            fua = bool(flags & O_DSYNC)
+            done = self._write_done
+            request = transfer(WRITE, offset, size, done, slot.data, fua, unique, slot)
             slot.request = request
             self._hold(request, pid)
 

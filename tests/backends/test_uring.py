@@ -30,9 +30,7 @@ def rings(path: Path) -> Iterator[tuple[Ring, int, Completions]]:
     """A ring with a writer, the file, and what completed."""
     completed: Completions = []
     fd = os.open(path, os.O_RDWR)
-    ring = Ring(
-        ENTRIES, lambda o, result: completed.append((o.offset, result)), patience=0, writer=True
-    )
+    ring = Ring(ENTRIES, lambda o: completed.append((o.offset, o.result)), patience=0, writer=True)
     try:
         yield ring, fd, completed
     finally:

@@ -83,7 +83,7 @@ def _libaio(fd: int, address: int, count: int) -> None:
 
 
 def _io_uring(fd: int, address: int, count: int, *, workers: bool) -> Ring:
-    ring = Ring(count, lambda operation, result: None, patience=0 if workers else 1 << 30)
+    ring = Ring(count, lambda operation: None, patience=0 if workers else 1 << 30)
     for offset in _offsets(fd, count):
         ring.push(Operation(IORING_OP_WRITE, fd, offset, BLOCK, address=address))
     ring.submit()

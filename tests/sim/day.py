@@ -15,7 +15,7 @@ from typing import Any
 
 from healfs.core.engine import Engine
 from healfs.core.policy import Action, DirectionPolicy, Policy
-from healfs.core.request import Kind, Request
+from healfs.core.request import Done, Kind, Request
 from healfs.core.writelog import WriteLog, memory_size
 
 HOUR = 3600.0
@@ -133,7 +133,7 @@ class Day:
 
     # --- Effects ----------------------------------------------------------------------------
 
-    def send(self, request: Request) -> None:
+    def send(self, request: Request, done: Done) -> None:
         delay = max(0.001, self._silent_until - self.now)
         self._later(delay, self._reply, self._session, request)
 

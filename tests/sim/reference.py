@@ -61,7 +61,7 @@ class Reference:
         if self._sent or not self._up or not self._queue or self.clock() < self._not_before:
             return
         self._sent = True
-        self.effects.send(self._flush or self._queue[0])
+        self.effects.send(self._flush or self._queue[0], self.completed)
 
     def completed(self, request: Request, errno: int, data: Any = None) -> None:
         self._sent = False

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from healfs.core.engine import Engine
-from healfs.core.request import Kind, Request
+from healfs.core.request import Done, Kind, Request
 from tests.sim import plan as plans
 from tests.sim.oracle import Violation
 from tests.sim.plan import TODAY, WITH_LOG, Fault, Op, Options, Plan
@@ -145,11 +145,11 @@ def test_every_fault_and_every_event_occurs():
         def event(self, name: str, data: dict[str, object]) -> None:
             seen[name] += 1
 
-        def send(self, request: Request) -> None:
+        def send(self, request: Request, done: Done) -> None:
             if request.internal:
                 seen[f"own {request.kind.name}"] += 1
             seen["sent again" if request.attempts > 1 else "sent"] += 1
-            super().send(request)
+            super().send(request, done)
 
         def _answered(self, request: Request, errno: int, data: object) -> None:
             seen[f"{request.kind.name} {'failed' if errno else 'done'}"] += 1

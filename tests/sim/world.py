@@ -12,7 +12,7 @@ from typing import Any
 
 from healfs.core.engine import Engine
 from healfs.core.policy import Action, Policy
-from healfs.core.request import Kind, Request, oldest_first
+from healfs.core.request import Done, Kind, Request, oldest_first
 from healfs.core.ring import PayloadRing, Slot
 from healfs.core.states import State
 from healfs.core.writelog import WriteLog, memory_size
@@ -230,7 +230,7 @@ class World:
 
     # --- Effects ---------------------------------------------------------------------------
 
-    def send(self, request: Request) -> None:
+    def send(self, request: Request, done: Done) -> None:
         if self.trace is not None:
             self.say(f"  send {self._name(request)}")
         if not self._linked or self._wrong_disk:

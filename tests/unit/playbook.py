@@ -16,7 +16,7 @@ from typing import Any
 
 from healfs.core.engine import Engine, Limits
 from healfs.core.policy import Action, DirectionPolicy, Policy
-from healfs.core.request import Kind, Phase, Request
+from healfs.core.request import Done, Kind, Phase, Request
 from healfs.core.ring import PayloadRing, Slot
 from healfs.core.writelog import WriteLog, memory_size
 
@@ -120,7 +120,7 @@ class Playbook:
 
     # --- Effects ---------------------------------------------------------------------------
 
-    def send(self, request: Request) -> None:
+    def send(self, request: Request, done: Done) -> None:
         for name in self._names(request):
             self._say(f"send {name}")
             self.sends.append((self.now, name))
