@@ -11,6 +11,7 @@ something came that is for another task, trio goes on; an idle disk is trio's al
 from __future__ import annotations
 
 import logging
+import os
 import select
 import time
 from collections.abc import Callable
@@ -80,6 +81,8 @@ class Turns:
         events: list[tuple[int, int]] = []
         while self._misses < _MISSES and not events and now < began + _SPIN:
             events = poll(0)
+            if not events:
+                os.sched_yield()
             now = clock()
         events = events or poll(PAUSE)
         self._misses = 0 if clock() - began < 2 * _SPIN else self._misses + 1
