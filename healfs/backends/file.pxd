@@ -35,7 +35,7 @@ cdef class _Session:
     cpdef object submit(self, Request request, object done)
     @cython.locals(buffer=Buffer, transfer=_Transfer)
     cdef object _read(self, Request request, object done)
-    @cython.locals(buffer=Buffer, transfer=_Transfer)
+    @cython.locals(buffer=Buffer, transfer=_Transfer, address="unsigned long long")
     cdef object _write(self, Request request, object done)
     @cython.locals(request=Request, buffer=Buffer, result="long long", error="long long")
     cpdef object complete(self, _Transfer transfer)

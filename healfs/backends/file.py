@@ -146,11 +146,10 @@ class _Session:
         if not request.length or request.data is None:
             self._answers.append((request, done, errno.EINVAL if request.length else 0))
             return
-        view = memoryview(request.data)
-        # The kernel needs an address, and ctypes gives one of writable memory only.
-        address = 0 if view.readonly else address_of(view)
+        view = request.data
+        address = address_of(view)
         transfer = _transfer(IORING_OP_WRITE, self.fd, request, done)
-        if view.readonly or address % self._alignment:
+        if not address or address % self._alignment:
             buffer = self._pool.take(request.length)
             if buffer is None:
                 self._deferred.append((request, done))
@@ -216,7 +215,7 @@ class _Session:
         transfer.offset += result
         transfer.address += result
         transfer.length -= result
-        transfer.view = transfer.view[result:]
+        transfer.view = memoryview(transfer.view)[result:]
         self.queue.push(transfer)
         return True
 

@@ -13,8 +13,10 @@ SYS_IO_URING_ENTER = 426  # asm-generic/unistd.h
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
-def address_of(data: memoryview | bytearray) -> int:
-    """The address of a writable buffer's first byte. It is valid while the buffer is held."""
+def address_of(data: memoryview | bytearray | bytes) -> int:
+    """The address of a buffer's first byte, valid while the buffer is held; 0: it is read-only."""
+    if memoryview(data).readonly:
+        return 0  # ctypes gives that of writable memory only
     return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 

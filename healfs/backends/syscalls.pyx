@@ -1,7 +1,7 @@
 # cython: annotation_typing=False
 """syscalls.py for a C compiler, and the Writer."""
 
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport errno as c_errno
 
 import os
@@ -194,8 +194,8 @@ cdef extern from *:
 
 cpdef unsigned long long address_of(object data) except? 0:
     cdef Py_buffer buffer
-    PyObject_GetBuffer(data, &buffer, PyBUF_WRITABLE)
-    cdef unsigned long long address = <unsigned long long>buffer.buf
+    PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE)
+    cdef unsigned long long address = 0 if buffer.readonly else <unsigned long long>buffer.buf
     PyBuffer_Release(&buffer)
     return address
 

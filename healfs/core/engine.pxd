@@ -7,6 +7,9 @@ from healfs.core.totals cimport Totals
 from healfs.core.writelog cimport WriteLog
 
 
+cdef long long _LOOK_EACH, _LARGE
+
+
 cdef class Engine:
     cdef public object effects
     cdef object _send_to

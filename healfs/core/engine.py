@@ -39,7 +39,7 @@ from healfs.core.writelog import Attempt, WriteLog, memory_size
 
 log = logging.getLogger("healfs.engine")
 
-LOOK_EACH, LARGE = 32, 65536  # writes, bytes: how often it is seen whether the log is half full
+_LOOK_EACH, _LARGE = 32, 65536  # writes, bytes: how often it is seen whether the log is half full
 LARGEST_BLOCK = 65536  # bytes: the largest minimum block there is (NBD)
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
@@ -362,7 +362,9 @@ class Engine:
                 self._complete_beside_suspects(request)
             else:
                 self.log.complete(request)
-            if (not request.completed % LOOK_EACH or request.length > LARGE) and self.log.half_full:
+            if (
+                not request.completed % _LOOK_EACH or request.length > _LARGE
+            ) and self.log.half_full:
                 self.log.move_up()
                 self._flush_log()
         if not request.answered:

@@ -11,11 +11,14 @@ cdef class Slot:
     cdef public bint pinned
     cdef public object request
 
+    cpdef object fill(self, object data, long long place, long long end)
+
 
 cdef class PayloadRing:
     cdef public long long size
     cdef public long long message
-    cdef object _memory
+    cdef public object memory
+    cdef public long long at
     cdef long long _head
     cdef long long _tail
     cdef object _slots
@@ -23,15 +26,14 @@ cdef class PayloadRing:
     cdef public long long overflow
     cdef object _pages
     cdef long long _ready
-    cdef public object window
 
     @cython.locals(place="long long", rest="long long")
-    cdef object _room(self, long long length)
+    cdef long long _room(self, long long length) except -2
     cdef object _make_ready(self, long long end)
     cpdef object target(self)
     cpdef Slot keep(self, long long length)
-    @cython.locals(place="long long", slot=Slot)
-    cdef Slot _take(self, object window, long long length)
+    @cython.locals(slot=Slot)
+    cdef Slot _take(self, long long place, long long length)
     cpdef object release(self, Slot slot)
     @cython.locals(slot=Slot)
     cpdef object advance(self)

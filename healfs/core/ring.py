@@ -22,6 +22,9 @@ class Slot:
     __slots__ = ("data", "end", "free", "pinned", "place", "request")
 
     def __init__(self, data: memoryview | bytearray, place: int, end: int) -> None:
+        self.fill(data, place, end)
+
+    def fill(self, data: memoryview | bytearray, place: int, end: int) -> None:
         self.data = data
         self.place = place  # bytes from the start of the ring's memory
         self.end = end  # ever growing
@@ -51,15 +54,15 @@ class PayloadRing:
             raise ValueError("the ring is too small for two messages, or no multiple of a page")
         self.size = len(memory)
         self.message = message
-        self._memory = memory
+        self.memory = memory
         self._head = 0  # positions only grow; position modulo size is the place
         self._tail = 0
         self._slots: deque[Slot] = deque()
-        self._scratch = bytearray()
+        self._scratch = memoryview(b"")
         self.overflow = 0  # bytes in ordinary memory
         self._pages = pages
         self._ready = 0  # so many bytes from the start have their pages
-        self.window: memoryview | None = self._room(message)
+        self.at = self._room(message)  # in `memory`: where the next payload goes; -1: no room
 
     @property
     def head(self) -> int:
@@ -70,20 +73,21 @@ class PayloadRing:
     def used(self) -> int:
         return self._head - self._tail
 
-    def _room(self, length: int) -> memoryview | None:
-        """`length` bytes in one piece at the head; moves the head over an end too short."""
+    def _room(self, length: int) -> int:
+        """Where `length` bytes are free in one piece, at the head; -1: nowhere. Moves the head over
+        an end too short."""
         place = self._head % self.size
         rest = self.size - place
         if rest < length:
-            if self.used + rest + length > self.size:
-                return None
+            if self._head - self._tail + rest + length > self.size:
+                return -1
             self._head += rest
             place = 0
-        elif self.used + length > self.size:
-            return None
+        elif self._head - self._tail + length > self.size:
+            return -1
         if place + length > self._ready:
             self._make_ready(place + length)
-        return self._memory[place : place + length]
+        return place
 
     def _make_ready(self, end: int) -> None:
         end = min(self.size, max(end, self._ready + STEP))
@@ -100,38 +104,40 @@ class PayloadRing:
             self._pages.drop(STEP, self._ready)
             self._ready = STEP
 
-    def target(self) -> memoryview | bytearray:
-        """Where the next message's payload is to be read to."""
-        if self.window is None:
-            self.window = self._room(self.message)
-        if self.window is not None:
-            return self.window
+    def target(self) -> memoryview:
+        """Where the next message's payload is to be read to; see `at`."""
+        if self.at < 0:
+            self.at = self._room(self.message)
+        if self.at >= 0:
+            return self.memory[self.at : self.at + self.message]
         if not self._scratch:
-            self._scratch = bytearray(bytes(self.message))  # copied: its pages are there, too
+            # Copied: its pages are there, too.
+            self._scratch = memoryview(bytearray(bytes(self.message)))
         return self._scratch
 
     def keep(self, length: int) -> Slot:
         """Keep the first `length` bytes of the target."""
-        if self.window is None:
+        if self.at < 0:
             self.overflow += length
-            return Slot(self._scratch[:length], 0, 0)
-        return self._take(self.window, length)
+            return Slot(bytearray(self._scratch[:length]), 0, 0)
+        return self._take(self.at, length)
 
-    def _take(self, window: memoryview, length: int) -> Slot:
-        place = self._head % self.size
+    def _take(self, place: int, length: int) -> Slot:
         self._head += -(-length // _PAGE) * _PAGE
-        slot = Slot(window[:length], place, self._head)
+        slot: Slot = Slot.__new__(Slot)  # a compiler boxes the arguments of a class
+        slot.fill(self.memory[place : place + length], place, self._head)
         self._slots.append(slot)
-        self.window = self._room(self.message)
+        self.at = self._room(self.message)
         return slot
 
     def store(self, data: bytes | bytearray | memoryview) -> Slot | None:
         """Copy a payload in; None when there is no room."""
-        window = self._room(len(data))
-        if window is None:
+        length = len(data)
+        place = self._room(length)
+        if place < 0:
             return None
-        window[:] = data
-        return self._take(window, len(data))
+        self.memory[place : place + length] = data
+        return self._take(place, length)
 
     def release(self, slot: Slot) -> None:
         slot.request = None
@@ -158,7 +164,7 @@ class PayloadRing:
             slots.popleft()
         # Empty: start over at the front, so that a quiet disk touches few pages.
         self._head = self._tail = 0
-        self.window = self._room(self.message)
+        self.at = self._room(self.message)
 
     def oldest(self) -> Slot | None:
         """What holds back the tail."""
@@ -174,7 +180,7 @@ class PayloadRing:
 
     def adopt(self, place: int, length: int) -> memoryview:
         """A payload that an earlier worker left at `place` (see WriteLog.recover)."""
-        return self._memory[place : place + length]
+        return self.memory[place : place + length]
 
     def restore(self, slots: list[Slot]) -> None:
         """Take over the slots that an earlier worker had in use."""
@@ -185,6 +191,6 @@ class PayloadRing:
             first = self._slots[0]
             self._head = self._slots[-1].end
             self._tail = first.end - -(-len(first.data) // PAGE) * PAGE
-            self.window = self._room(self.message)
+            self.at = self._room(self.message)
         else:
             self._pages.drop(self._ready, self.size)

@@ -159,8 +159,10 @@ class Channel:
         """Read up to a batch; False when the mount is gone."""
         messages, ring = self._messages, self.ring
         for _ in range(BATCH):
-            window = ring.window
-            length = messages.read(ring.target() if window is None else window)
+            if ring.at >= 0:
+                length = messages.read(ring.memory, ring.at, ring.message)
+            else:
+                length = messages.read(ring.target(), 0, ring.message)
             if length < 0:
                 if length == -EAGAIN:
                     return True

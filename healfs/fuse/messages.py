@@ -33,10 +33,11 @@ class Messages:
         self.size = 0
         self.flags = 0
 
-    def read(self, payload: memoryview | bytearray) -> int:
-        """Read one, what follows its first 80 bytes to `payload`; its length, or -errno."""
+    def read(self, memory: memoryview, at: int, room: int) -> int:
+        """Read one, what follows its first 80 bytes to `room` bytes of memory; its length, or
+        -errno."""
         try:
-            length = os.readv(self._fuse, (self.header, payload))
+            length = os.readv(self._fuse, (self.header, memory[at : at + room]))
         except OSError as exc:
             return -(exc.errno or e.EIO)
         (self.opcode, self.unique, self.pid, self.offset, self.size, self.flags) = DATA_IN.unpack(

@@ -50,19 +50,21 @@ cdef class Messages:
         self._fuse = fuse
         self.header = bytearray(wire.FIXED_SIZE)
         self._fixed = self.header  # it is never resized
-        self._payload = None
+        self._memory = None
 
-    cpdef long long read(self, object payload) except? -1000000:
+    cpdef long long read(self, object memory, long long at, long long room) except? -1000000:
         cdef iovec parts[2]
         cdef Py_buffer buffer
         cdef ssize_t length
-        if payload is not self._payload:  # mostly the same as the last time
-            PyObject_GetBuffer(payload, &buffer, PyBUF_WRITABLE)
-            self._at, self._room = buffer.buf, buffer.len
+        if memory is not self._memory:  # nearly always the same as the last time
+            PyObject_GetBuffer(memory, &buffer, PyBUF_WRITABLE)
+            self._address, self._size = <char *>buffer.buf, buffer.len
             PyBuffer_Release(&buffer)
-            self._payload = payload  # so what is behind the address stays
+            self._memory = memory  # so what is behind the address stays
+        if at < 0 or room < 0 or at + room > self._size:
+            raise ValueError("outside the memory")
         parts[0].iov_base, parts[0].iov_len = self._fixed, 80
-        parts[1].iov_base, parts[1].iov_len = self._at, self._room
+        parts[1].iov_base, parts[1].iov_len = self._address + at, room
         length = readv(self._fuse, parts, 2)
         if length < 0:
             return -c_errno
