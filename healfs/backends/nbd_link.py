@@ -68,12 +68,12 @@ class Link:
             kind = request.kind
             if kind is READ:
                 self.protocol.queue(
-                    wire.Command(CMD_READ, 0, request.offset, request.length, request, done)
+                    wire.transfer(CMD_READ, request.offset, request.length, request, done)
                 )
                 return
             if kind is WRITE:
                 self.protocol.queue(
-                    wire.Command(CMD_WRITE, 0, request.offset, request.length, request, done),
+                    wire.transfer(CMD_WRITE, request.offset, request.length, request, done),
                     request.data,
                 )
                 return

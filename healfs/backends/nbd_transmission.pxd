@@ -1,5 +1,7 @@
 cimport cython
 
+from healfs.backends.nbd_frames cimport Reply, request
+
 
 cdef class Command:
     cdef public long long type
@@ -12,6 +14,14 @@ cdef class Command:
     cdef public long long start
     cdef public long long end
 
+    cdef object _fill(self, long long type, long long flags, long long offset, long long length,
+                      object context, object complete)
+
+
+@cython.locals(command=Command)
+cpdef Command transfer(long long type, long long offset, long long length, object context,
+                       object complete)
+
 
 cdef class Transmission:
     cdef public list out
@@ -23,12 +33,13 @@ cdef class Transmission:
     cdef bint _structured
     cdef object _context
     cdef unsigned long long _cookie
+    cdef Reply _reply
 
     @cython.locals(cookie="unsigned long long")
     cpdef object queue(self, Command command, object payload=*)
     @cython.locals(out=list)
     cpdef object taken(self, long long count)
-    @cython.locals(pending=dict, command=Command, magic="long long", word="long long",
+    @cython.locals(pending=dict, command=Command, reply=Reply, magic="long long", word="long long",
                    cookie="unsigned long long", length="long long", after="long long")
     cpdef long long receive(self, object view, long long pos, long long end) except -1
     cdef long long _simple(self, Command command, unsigned long long cookie, long long error, object view, long long pos, long long end) except -1

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from struct import Struct, unpack
 from typing import Any
 
+from healfs.backends.nbd_frames import Reply, request
 from healfs.backends.nbd_protocol import STRING_MAX, Buffer, ProtocolError
 
-REQUEST = 0x25609513
 SIMPLE_REPLY = 0x67446698
 STRUCTURED_REPLY = 0x668E33EF
 
@@ -46,8 +46,6 @@ STATE_ZERO = 2
 BLOCK_STATUS_MAX = 64 << 10  # bytes of one chunk; we ask with REQ_ONE, which needs 12
 ERROR_CHUNK_MAX = 6 + STRING_MAX + 8
 
-_REQUEST = Struct(">IHHQQI")
-_REPLY = Struct(">IIQ")  # magic; error, or flags and type; cookie
 _U32 = Struct(">I")
 _U64 = Struct(">Q")
 _EXTENT = Struct(">II")
@@ -82,6 +80,11 @@ class Command:
     def __init__(
         self, type: int, flags: int, offset: int, length: int, context: Any, complete: Complete
     ) -> None:
+        self._fill(type, flags, offset, length, context, complete)
+
+    def _fill(
+        self, type: int, flags: int, offset: int, length: int, context: Any, complete: Complete
+    ) -> None:
         self.type = type
         self.flags = flags
         self.offset = offset
@@ -91,6 +94,13 @@ class Command:
         self.assembly: Assembly | None = None
         self.start = 0
         self.end = 0
+
+
+def transfer(type: int, offset: int, length: int, context: Any, complete: Complete) -> Command:
+    """A READ or a WRITE: Command(...) for a compiler, which boxes the arguments of a class."""
+    command: Command = Command.__new__(Command)
+    command._fill(type, 0, offset, length, context, complete)
+    return command
 
 
 @dataclass(slots=True)
@@ -137,15 +147,14 @@ class Transmission:
         self._structured = structured
         self._context = context
         self._cookie = 0
+        self._reply = Reply()
 
     def queue(self, command: Command, payload: Buffer | None = None) -> None:
         """Frame a command; the payload is not copied and must not change until it is answered."""
         self._cookie = cookie = self._cookie + 1
         self.pending[cookie] = command
         self.out.append(
-            _REQUEST.pack(
-                REQUEST, command.flags, command.type, cookie, command.offset, command.length
-            )
+            request(command.flags, command.type, cookie, command.offset, command.length)
         )
         command.start = self.queued
         if payload is not None:
@@ -175,10 +184,11 @@ class Transmission:
 
         The data given to `complete` are slices of `view`. Raises ProtocolError.
         """
-        pending = self.pending
+        pending, reply = self.pending, self._reply
         self.missing = 0
         while end - pos >= 16 and not self.closed:
-            magic, word, cookie = _REPLY.unpack_from(view, pos)
+            reply.read(view, pos, end)
+            magic, word, cookie = reply.magic, reply.error, reply.cookie
             command = pending.get(cookie)
             if command is None:
                 raise ProtocolError(f"a reply to nothing asked (magic {magic:#x})")
@@ -189,7 +199,7 @@ class Transmission:
             elif magic == STRUCTURED_REPLY and self._structured:
                 if end - pos < 20:
                     break
-                length = _U32.unpack_from(view, pos + 16)[0]
+                length = reply.length
                 after = pos + 20 + length
                 # The reply that nearly all reads get: all the bytes in one chunk.
                 if (
@@ -201,7 +211,7 @@ class Transmission:
                     if after > end:
                         self.missing = after - end
                         break
-                    if _U64.unpack_from(view, pos + 20)[0] != command.offset:
+                    if reply.offset != command.offset:
                         raise ProtocolError("data of a place that was not asked for")
                     del pending[cookie]
                     command.complete(command.context, 0, view[pos + 28 : after])
@@ -338,4 +348,4 @@ def _check_whole(command: Command, reply: Assembly) -> None:
 
 def disconnect() -> bytes:
     """NBD_CMD_DISC: no reply comes."""
-    return _REQUEST.pack(REQUEST, 0, CMD_DISC, 0, 0, 0)
+    return request(0, CMD_DISC, 0, 0, 0)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from healfs.backends import nbd_transmission as wire
+from healfs.backends.nbd_frames import REQUEST
 from healfs.backends.nbd_protocol import ProtocolError
 from healfs.backends.nbd_transmission import Assembly, Command, Transmission
 
@@ -74,9 +75,9 @@ def test_framing() -> None:
     session.ask(wire.CMD_WRITE, 512, 8, wire.CMD_FLAG_FUA)
     session.ask(wire.CMD_FLUSH)
     sent = b"".join(session.wire.out)
-    assert unpack(">IHHQQI", sent[:28]) == (wire.REQUEST, 0, wire.CMD_READ, 1, AT, 4096)
-    assert unpack(">IHHQQI8s", sent[28:64]) == (wire.REQUEST, 1, 1, 2, 512, 8, bytes(8))
-    assert unpack(">IHHQQI", sent[64:]) == (wire.REQUEST, 0, wire.CMD_FLUSH, 3, 0, 0)
+    assert unpack(">IHHQQI", sent[:28]) == (REQUEST, 0, wire.CMD_READ, 1, AT, 4096)
+    assert unpack(">IHHQQI8s", sent[28:64]) == (REQUEST, 1, 1, 2, 512, 8, bytes(8))
+    assert unpack(">IHHQQI", sent[64:]) == (REQUEST, 0, wire.CMD_FLUSH, 3, 0, 0)
     ends = [(c.start, c.end) for c in session.wire.pending.values()]
     assert ends == [(0, 28), (28, 64), (64, 92)]
 
