@@ -2,7 +2,7 @@ cimport cython
 
 from healfs.backends.syscalls cimport Writer, enter
 
-cdef long long _U32, _FALLOCATE, _ASYNC, _WRITE, _FSYNC
+cdef long long _U32, _FALLOCATE, _ASYNC, _WRITE, _FSYNC, _FEW
 cdef unsigned long long _CANCEL
 
 

@@ -77,6 +77,8 @@ RWF_DSYNC = 0x00000002  # linux/fs.h
 # background slot: tried): patience 0 sends everything by IOSQE_ASYNC.
 BATCH = 32
 PATIENCE = 16
+FEW = 4  # writes that a flush may wait behind, with a writer: these wait for no disk
+_FEW = FEW
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -283,7 +285,7 @@ class Ring:
                 else:
                     self._write(operation)
                 return
-            if operation.opcode == _FSYNC and self._writes == self._to_take:
+            if operation.opcode == _FSYNC and self._writes - self._to_take <= _FEW:
                 # Who flushes after each write finds the thread awake. What comes meanwhile goes
                 # to io_uring, and waits for no disk.
                 self._syncing = True
@@ -383,7 +385,8 @@ class Ring:
             ended.append(operation)
             written[place] = None
             self._to_take += 1
-            self._syncing = False
+            if operation.opcode == _FSYNC:
+                self._syncing = False
         while self._to_write and self._writes - self._to_take < self._entries:
             self._write(self._to_write.popleft())
 
