@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -89,6 +90,7 @@ def with_parked(directory: Path) -> dict[int, float]:
 def release(directory: Path, count: int = 10_000) -> Release:
     with _disk(directory) as (server, mount, disk):
         healthy = Load("randwrite", "4k", 512).run(mount.file, 2.0)
+        _flush(mount.file)  # else all of that is written once more before the first parked one
         server.kill()
         disk.state("stalled")
         with _fio(mount.file, "randwrite", count, count) as running:
@@ -103,6 +105,14 @@ def release(directory: Path, count: int = 10_000) -> Release:
             seconds = time.monotonic() - listened
             running.wait(300)
         return Release(count / seconds, healthy, longest)
+
+
+def _flush(file: Path) -> None:
+    fd = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager
