@@ -4,7 +4,7 @@ from healfs.core.request cimport Request, transfer
 from healfs.core.ring cimport PayloadRing, Slot
 from healfs.fuse.messages cimport Messages
 
-cdef long long FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FIXED_SIZE, O_DSYNC, EAGAIN, ENODEV, BATCH
+cdef long long FUSE_READ, FUSE_WRITE, FUSE_FSYNC, FIXED_SIZE, O_DSYNC, EAGAIN, ENODEV, BATCH, _LARGE
 
 
 cdef class Channel:

@@ -30,6 +30,7 @@ FUSE_READ, FUSE_WRITE, FUSE_FSYNC = wire.READ, wire.WRITE, wire.FSYNC
 FIXED_SIZE, O_DSYNC = wire.FIXED_SIZE, wire.O_DSYNC
 EAGAIN, ENODEV = e.EAGAIN, e.ENODEV
 BATCH = 64  # messages per wake-up, so that completions and control get their turn
+_LARGE = 128 << 10  # bytes of a READ that is a batch alone
 PASSED_ON = 2 << 20  # socket buffers towards pyfuse3, bytes
 
 
@@ -175,6 +176,10 @@ class Channel:
             opcode, unique, pid = messages.opcode, messages.unique, messages.pid
             if opcode == FUSE_READ:
                 self._read(unique, pid, messages.offset, messages.size)
+                if messages.size >= _LARGE and self._again is None:
+                    # Answered before the next is read to the same buffer: so that one stays in
+                    # the processor's cache.
+                    return True
             elif opcode == FUSE_WRITE:
                 self._write(unique, pid, length, messages.offset, messages.size, messages.flags)
             elif opcode == FUSE_FSYNC:
