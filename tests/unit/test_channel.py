@@ -1,0 +1,86 @@
+"""The channel at a socketpair, whose other end is played: what is a batch, and what is not."""
+
+from __future__ import annotations
+
+import errno as e
+import socket
+from collections.abc import Iterator
+
+import pytest
+import trio
+
+from healfs.core.request import Request
+from healfs.core.ring import PayloadRing
+from healfs.fuse import wire
+from healfs.fuse.channel import Channel
+
+LARGE = 256 << 10
+DISK = 8 << 20
+
+
+class Sink:
+    """Who takes the requests; "resent" among them is the end of what came again."""
+
+    def __init__(self) -> None:
+        self.taken: list[object] = []
+
+    def submit(self, request: Request) -> None:
+        self.taken.append(request.tag)
+
+    def cancel(self, request: Request, errno: int = e.EINTR) -> None:
+        raise AssertionError("nobody asked for it")
+
+    def resent(self) -> None:
+        self.taken.append("resent")
+
+
+@pytest.fixture
+def kernel() -> Iterator[tuple[socket.socket, Channel, Sink]]:
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sink = Sink()
+
+    async def seek(offset: int, whence: int) -> None:
+        return None
+
+    ring = PayloadRing(memoryview(bytearray(4 << 20)), 1 << 20)
+    channel = Channel(ours.fileno(), DISK, sink, lambda: None, seek, ring)
+    yield theirs, channel, sink
+    channel.close()
+    theirs.close()
+    ours.close()
+
+
+def read(unique: int, size: int) -> bytes:
+    header = wire.IN_HEADER.pack(wire.FIXED_SIZE, wire.READ, unique, 1, 0, 0, 0, 0, 0)
+    return header + wire.RW_IN.pack(0, 0, size, 0, 0, 0, 0)
+
+
+def test_a_large_read_is_a_batch_alone(kernel: tuple[socket.socket, Channel, Sink]) -> None:
+    theirs, channel, sink = kernel
+    for unique in 1, 2:
+        theirs.send(read(unique, LARGE))
+    for unique in 3, 4:
+        theirs.send(read(unique, 4096))
+    for taken in [1], [1, 2], [1, 2, 3, 4]:
+        assert channel.drain()
+        assert sink.taken == taken
+
+
+async def test_large_reads_that_come_again_are_collected_with_the_others(
+    kernel: tuple[socket.socket, Channel, Sink], autojump_clock: trio.testing.MockClock
+) -> None:
+    theirs, channel, sink = kernel
+    init = wire.IN_HEADER.pack(104, wire.INIT, 7, 0, 0, 0, 0, 0, 0) + bytes(64)
+    reply = wire.OUT_HEADER.pack(wire.INIT_OUT_SIZE, 0, 7) + bytes(wire.INIT_OUT_SIZE - 16)
+    channel.resume(init, reply)
+    for unique, size in (13, LARGE), (12, LARGE), (11, 4096):
+        theirs.send(read(unique, size))
+    with socket.socket(fileno=channel.theirs.detach()) as pyfuse3, trio.fail_after(60):
+        assert pyfuse3.recv(1 << 16)[:104] == init
+        pyfuse3.send(reply)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.pump)
+            assert channel.resuming is not None
+            await channel.resuming.wait()
+            nursery.cancel_scope.cancel()
+    assert sink.taken == [11, 12, 13, "resent"]
