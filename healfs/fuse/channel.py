@@ -30,7 +30,7 @@ FUSE_READ, FUSE_WRITE, FUSE_FSYNC = wire.READ, wire.WRITE, wire.FSYNC
 FIXED_SIZE, O_DSYNC = wire.FIXED_SIZE, wire.O_DSYNC
 EAGAIN, ENODEV = e.EAGAIN, e.ENODEV
 BATCH = 64  # messages per wake-up, so that completions and control get their turn
-_LARGE = 128 << 10  # bytes of a READ that is a batch alone
+_LARGE = 128 << 10  # bytes of a READ or WRITE that ends a batch
 PASSED_ON = 2 << 20  # socket buffers towards pyfuse3, bytes
 
 
@@ -176,16 +176,16 @@ class Channel:
             opcode, unique, pid = messages.opcode, messages.unique, messages.pid
             if opcode == FUSE_READ:
                 self._read(unique, pid, messages.offset, messages.size)
-                if messages.size >= _LARGE and self._again is None:
-                    # Answered before the next is read to the same buffer: so that one stays in
-                    # the processor's cache.
-                    return True
             elif opcode == FUSE_WRITE:
                 self._write(unique, pid, length, messages.offset, messages.size, messages.flags)
             elif opcode == FUSE_FSYNC:
                 self._hold(Request(FLUSH, 0, 0, self._answer_plain, tag=unique, owner=None), pid)
             else:
                 self._seldom(opcode, unique, pid, length)
+            large = messages.size >= _LARGE and opcode in (FUSE_READ, FUSE_WRITE)
+            if large and self._again is None:
+                # What is read or sent before the next comes is still in the processor's cache.
+                return True
         return True
 
     def _hold(self, request: Request, pid: int) -> None:
