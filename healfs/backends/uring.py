@@ -77,7 +77,7 @@ RWF_DSYNC = 0x00000002  # linux/fs.h
 # background slot: tried): patience 0 sends everything by IOSQE_ASYNC.
 BATCH = 32
 PATIENCE = 16
-FEW = 4  # writes that a flush may wait behind, with a writer: these wait for no disk
+FEW = 4  # writes that a flush may wait behind in the writer's thread
 _FEW = FEW
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -216,7 +216,7 @@ class Ring:
             self._start_writer()
         self._to_write: deque[Operation] = deque()  # it has no room for these
         self._handed = True  # it knows of all that it has
-        self._syncing = False  # what it has is an FSYNC
+        self._syncing = False  # an FSYNC is what it has last
         # By user_data, which is a place in this list; 0 is a cancel's.
         self._pending: list[Operation | None] = [None] * (self._entries + 1)
         # What the writer has, in a ring as its own is.

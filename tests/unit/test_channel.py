@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno as e
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import trio
@@ -14,7 +14,7 @@ from healfs.core.ring import PayloadRing
 from healfs.fuse import wire
 from healfs.fuse.channel import Channel
 
-LARGE = 256 << 10
+LARGE = 128 << 10
 DISK = 8 << 20
 
 
@@ -37,6 +37,7 @@ class Sink:
 @pytest.fixture
 def kernel() -> Iterator[tuple[socket.socket, Channel, Sink]]:
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.settimeout(10)
     sink = Sink()
 
     async def seek(offset: int, whence: int) -> None:
@@ -55,13 +56,25 @@ def read(unique: int, size: int) -> bytes:
     return header + wire.RW_IN.pack(0, 0, size, 0, 0, 0, 0)
 
 
-def test_a_large_read_is_a_batch_alone(kernel: tuple[socket.socket, Channel, Sink]) -> None:
+def write(unique: int, size: int) -> bytes:
+    length = wire.FIXED_SIZE + size
+    header = wire.IN_HEADER.pack(length, wire.WRITE, unique, 1, 0, 0, 0, 0, 0)
+    return header + wire.RW_IN.pack(0, 0, size, 0, 0, 0, 0) + bytes(size)
+
+
+Message = Callable[[int, int], bytes]
+
+
+@pytest.mark.parametrize("message", [read, write])
+def test_what_is_large_is_a_batch_alone(
+    kernel: tuple[socket.socket, Channel, Sink], message: Message
+) -> None:
     theirs, channel, sink = kernel
-    for unique in 1, 2:
-        theirs.send(read(unique, LARGE))
-    for unique in 3, 4:
-        theirs.send(read(unique, 4096))
-    for taken in [1], [1, 2], [1, 2, 3, 4]:
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * LARGE)
+    theirs.send(message(1, LARGE))
+    for unique in 2, 3:
+        theirs.send(message(unique, 4096))
+    for taken in [1], [1, 2, 3]:
         assert channel.drain()
         assert sink.taken == taken
 
