@@ -16,6 +16,7 @@ from struct import Struct, pack
 
 import pytest
 
+from healfs.backends import nbd_frames
 from healfs.backends import nbd_protocol as proto
 from healfs.backends import nbd_transmission as wire
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
@@ -243,7 +244,7 @@ class HostileServer:
                     data = ready.recv(65536)
                     if not data:
                         return None
-                    if ready is client and data.startswith(pack(">I", wire.REQUEST)):
+                    if ready is client and data.startswith(pack(">I", nbd_frames.REQUEST)):
                         return data
                     (honest if ready is client else client).sendall(data)
 
