@@ -39,5 +39,7 @@ cdef class _Session:
     cdef object _write(self, Request request, object done)
     @cython.locals(request=Request, buffer=Buffer, result="long long", error="long long")
     cpdef object complete(self, _Transfer transfer)
+    cdef object _push(self, _Transfer transfer)
+    cdef long long _reap(self) except -1
     cpdef object commit(self)
     cdef object _start(self)

@@ -140,7 +140,7 @@ class _Session:
         transfer.buffer = buffer
         transfer.address = buffer.address
         transfer.view = buffer.first(request.length)
-        self.queue.push(transfer)
+        self._push(transfer)
 
     def _write(self, request: Request, done: Done) -> None:
         if not request.length or request.data is None:
@@ -161,18 +161,28 @@ class _Session:
         transfer.view = view
         if request.fua:
             transfer.flags = RWF_DSYNC
-        self.queue.push(transfer)
+        self._push(transfer)
 
     def _flush(self, request: Request, done: Done) -> None:
         transfer = _transfer(IORING_OP_FSYNC, self.fd, request, done)
         transfer.offset = transfer.length = 0
         transfer.flags = IORING_FSYNC_DATASYNC
-        self.queue.push(transfer)
+        self._push(transfer)
 
     def _allocate(self, transfer: _Transfer) -> None:
         transfer.flags, *rest = transfer.modes
         transfer.modes = tuple(rest)
-        self.queue.push(transfer)
+        self._push(transfer)
+
+    def _push(self, transfer: _Transfer) -> None:
+        try:
+            self.queue.push(transfer)  # it submits, when many are pushed
+        except OSError as error:
+            self._broken(error)
+
+    def _broken(self, error: OSError) -> None:
+        self._error = error
+        self.retire()
 
     def complete(self, transfer: _Transfer) -> None:
         if not self._alive:
@@ -216,7 +226,7 @@ class _Session:
         transfer.address += result
         transfer.length -= result
         transfer.view = memoryview(transfer.view)[result:]
-        self.queue.push(transfer)
+        self._push(transfer)
         return True
 
     def commit(self) -> None:
@@ -230,11 +240,18 @@ class _Session:
                     if self._alive:
                         done(request, error, b"" if request.kind is READ else None)
                 self._start()
-                if not self._alive or not (self.queue.reap() or self._answers):
+                if not self._alive or not (self._reap() or self._answers):
                     break
             self._start()  # what is left to reap keeps the descriptor readable
         finally:
             self._busy = False
+
+    def _reap(self) -> int:
+        try:
+            return self.queue.reap()
+        except OSError as error:
+            self._broken(error)
+            return 0
 
     def poll(self) -> None:
         self.commit()
@@ -244,8 +261,7 @@ class _Session:
             try:
                 self.queue.submit()
             except OSError as error:
-                self._error = error
-                self.retire()
+                self._broken(error)
 
     async def serve(self) -> OSError:
         if self._alive:

@@ -350,7 +350,8 @@ class Ring:
     def reap(self) -> int:
         u32, u64, s32 = self._u32, self._u64, self._s32
         ended: list[Operation] = []
-        if self._writes != self._to_take:
+        if self._writer is not None:
+            # With nothing to take, too: it may tell of what was taken before it did.
             self._reap_written(ended)
         head, end = u32[self._cq_head], u32[self._cq_tail]
         if head == end:

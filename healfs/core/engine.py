@@ -98,7 +98,7 @@ class Engine:
         rng: random.Random | None = None,
     ) -> None:
         self.effects = effects
-        self._send_to = effects.send
+        self._send_to: Callable[[Request, Done], None] = _unconnected  # Effects.send, when it is up
         self._done: Done = self.completed  # bound once
         self.policy = policy
         self.clock = clock
@@ -1364,6 +1364,10 @@ class Engine:
 
 def _age(request: Request) -> int:
     return request.order
+
+
+def _unconnected(request: Request, done: Done) -> None:
+    raise RuntimeError(f"{request} was sent without a connection")
 
 
 def _nobody(request: Request, errno: int, data: object) -> None:

@@ -18,7 +18,7 @@ from healfs.backends import file as file_module
 from healfs.backends.base import SourceError
 from healfs.backends.buffers import Pool
 from healfs.backends.file import FileBackend
-from healfs.core.request import Kind
+from healfs.core.request import Kind, Request
 from tests.backends.conftest import (
     DEADLINE,
     Client,
@@ -122,6 +122,30 @@ async def test_without_io_uring_threads_take_its_place(
         assert any("threads are used" in note for note in client.geometry.notes)
         await client.write(0, b"x")
         assert await client.read(0, 1) == b"x"
+
+
+@pytest.mark.parametrize("call", ["push", "reap"])
+async def test_a_queue_that_takes_no_more_is_a_connection_that_is_lost(
+    image: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Not a disk that is faulted: it is an error of the kernel's, for want of memory, not ours."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EAGAIN, "no more")
+
+    monkeypatch.setattr(file_module.ThreadPool, call, refuse)
+    backend = FileBackend(str(image), use_uring=False)
+    await backend.connect()
+    answered: list[int] = []
+    backend.submit(
+        Request(Kind.READ, 0, 4096, lambda *_: None), lambda _, code, data: answered.append(code)
+    )
+    backend.commit()
+    with trio.fail_after(DEADLINE):
+        error = await backend.serve()
+    monkeypatch.undo()
+    await backend.aclose()
+    assert error.errno == errno.EAGAIN and not answered
 
 
 async def test_o_direct_takes_payloads_from_any_address(loop_device: str) -> None:

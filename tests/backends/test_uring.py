@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,3 +142,20 @@ async def test_no_write_waits_behind_a_flush(
     held = {(number * PAGE, PAGE) for number in range(before)} | {(0, 0)}
     assert completed[:2] == [(PAGE, PAGE), (2 * PAGE, PAGE)]
     assert set(completed[2:-1]) == held and completed[-1] == (3 * PAGE, PAGE)
+
+
+async def test_nothing_is_to_be_read_when_all_was_reaped(image: Path) -> None:
+    """However soon: the thread has counted a write a moment before it tells. Else the event loop
+    would spin on an idle disk."""
+    with rings(image) as (ring, fd, _):
+        operation = write(fd, 1)
+        for _ in range(20_000):
+            ring.push(operation)
+            ring.submit()
+            while ring.pending():
+                ring.reap()
+            os.sched_yield()
+            with trio.fail_after(DEADLINE):
+                while select.select([ring.fd], [], [], 0)[0]:
+                    ring.reap()
+                    await trio.lowlevel.checkpoint()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -69,7 +70,11 @@ def _running(program: str, file: Path, server: NbdServer, disk: Control) -> Iter
 def _has_open(pid: int, file: Path) -> bool:
     """readlink names the file without touching it."""
     fds = f"/proc/{pid}/fd"
-    return any(os.readlink(f"{fds}/{fd}") == str(file) for fd in os.listdir(fds))
+    for fd in os.listdir(fds):
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            if os.readlink(f"{fds}/{fd}") == str(file):
+                return True
+    return False
 
 
 def _is_gone(pid: int) -> bool:
