@@ -21,6 +21,8 @@ from tests.mounts import HEALFS, HealfsMount
 
 BLOCK = b"x" * 4096
 HELD = {"by": "operator", "stage": "held", "unflushed": 0, "away": False}
+# A shell ignores SIGINT for what it starts in the background, and so would all that it starts.
+INTERRUPTIBLE = ("env", "--default-signal=INT")
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_ctrl_c_ends_the_waiting_not_the_pause(
     writer.ask("pwrite", 0, BLOCK)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     with subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", HEALFS, "pause", mount.mountpoint],
+        [*INTERRUPTIBLE, "setpriv", "--pdeathsig", "KILL", HEALFS, "pause", mount.mountpoint],
         env=os.environ | {"HEALFS_RUNTIME_DIR": str(mount.runtime)},
         stderr=subprocess.PIPE,
         text=True,
