@@ -10,8 +10,8 @@ import mmap
 
 from healfs.backends.syscalls import address_of
 
-PAGE_SHIFT = mmap.PAGESIZE.bit_length() - 1
-_PAGE, _PAGE_SHIFT = mmap.PAGESIZE, PAGE_SHIFT
+_PAGE = mmap.PAGESIZE
+_PAGE_SHIFT = _PAGE.bit_length() - 1
 
 
 class Buffer:

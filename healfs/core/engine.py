@@ -759,7 +759,7 @@ class Engine:
             self._mismatch = mismatch
             self._outage_changed(MISMATCH, mismatch)
             self.effects.event("HEALFS_MISMATCH", {"reason": mismatch})
-        self.effects.close()
+        self._close()
         if self.state is not State.PAUSED:
             self._move(State.MISMATCH, mismatch)
         again = self.clock() + self._longest_pause()  # the right one may come back
@@ -812,7 +812,7 @@ class Engine:
         self.log.lost()
         self._replay.wanted = True
         flying = self._queues.take_flying()
-        self.effects.close()
+        self._close()
         taken = [request for request in flying.values() if self.effects.taken(request)]
         self._remember_attempts(taken, now)
         for request in flying.values():
@@ -1318,10 +1318,14 @@ class Engine:
             self._move(State.FAULTED, reason)
             self.effects.event("HEALFS_FAULTED", {"reason": reason})
 
+    def _close(self) -> None:
+        self._send_to = _unconnected  # else it keeps what the connection had in memory
+        self.effects.close()
+
     def finish(self) -> None:
         """The end: nothing is sent any more."""
         self._move(State.CLOSED, "umount")
-        self.effects.close()
+        self._close()
 
     def _pause_status(self) -> dict[str, object] | None:
         if self.state is not State.PAUSED:
