@@ -72,9 +72,13 @@ class Polled(Protocol):
     ready_fd: int  # readable when `poll` has something to do
     blocked: bool  # `poll` has something to do when it is writable, too
 
-    def poll(self) -> None:
-        """Deliver the completions that are there, and send on. Plain call, never blocks; what
-        it meets that ends the connection is for `serve` to return."""
+    def poll(self) -> bool:
+        """Deliver the completions that are there, and send on; whether any were. Plain call, never
+        blocks; what it meets that ends the connection is for `serve` to return."""
+
+    def attend(self, attended: bool) -> None:
+        """True: `poll` is called again and again, so `ready_fd` need not become readable; False:
+        from now on it has to, for what was not polled yet, too."""
 
 
 class Backend(abc.ABC):

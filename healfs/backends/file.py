@@ -230,9 +230,14 @@ class _Session:
         return True
 
     def commit(self) -> None:
+        self._commit()
+
+    def _commit(self) -> bool:
+        """Whether anything had ended."""
         if self._busy:
-            return  # a done() led here: the outer call goes on
+            return False  # a done() led here: the outer call goes on
         self._busy = True
+        ended = 0
         try:
             for _ in range(ROUNDS):
                 answers, self._answers = self._answers, []
@@ -240,11 +245,14 @@ class _Session:
                     if self._alive:
                         done(request, error, b"" if request.kind is READ else None)
                 self._start()
-                if not self._alive or not (self._reap() or self._answers):
+                count = self._reap()
+                ended += count
+                if not self._alive or not (count or self._answers):
                     break
             self._start()  # what is left to reap keeps the descriptor readable
         finally:
             self._busy = False
+        return ended > 0
 
     def _reap(self) -> int:
         try:
@@ -253,8 +261,11 @@ class _Session:
             self._broken(error)
             return 0
 
-    def poll(self) -> None:
-        self.commit()
+    def poll(self) -> bool:
+        return self._commit()
+
+    def attend(self, attended: bool) -> None:
+        self.queue.attend(attended)
 
     def _start(self) -> None:
         if self._alive and self.queue.unsubmitted():

@@ -1,6 +1,7 @@
 cimport cython
 
 from healfs.backends.nbd_transmission cimport Transmission
+from healfs.backends.syscalls cimport receive
 from healfs.core.request cimport Request
 
 
@@ -14,6 +15,7 @@ cdef class Link:
     cdef public Transmission protocol
     cdef public object readable
     cdef public long long ready_fd
+    cdef public long long received
     cdef public object sock
     cdef public object tls
     cdef public object view
@@ -24,7 +26,8 @@ cdef class Link:
 
     cpdef object submit(self, Request request, object done)
     cpdef object commit(self)
-    cpdef object poll(self)
+    @cython.locals(before="long long")
+    cpdef bint poll(self) except -1
     @cython.locals(protocol=Transmission, end="long long", wanted="long long", count="long long")
     cdef bint _receive(self) except -1
     @cython.locals(protocol=Transmission, out=list)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno as e
+import os
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from healfs.backends import nbd_protocol as proto
 from healfs.backends import nbd_transmission as wire
 from healfs.backends.nbd_connect import Socket
 from healfs.backends.nbd_tls import TlsSocket
+from healfs.backends.syscalls import receive
 from healfs.core.request import Done, Kind, Request
 
 IOV_MAX = 1024
@@ -56,6 +58,7 @@ class Link:
         self.pos = self.end = 0  # of what was received and is no whole reply yet, in view
         self.ended: OSError | None = None  # why there is nothing more to receive
         self.ready_fd = sock.fileno()
+        self.received = 0  # bytes, ever
         self.answers: list[tuple[Request, Done, int]] = []  # that need no server
         self._piece = piece
         self._seldom = seldom
@@ -87,23 +90,38 @@ class Link:
         if self.protocol.out and not self.blocked:
             self.send()
 
-    def poll(self) -> None:
+    def poll(self) -> bool:
         """See base.Polled: receive what is there, a bounded number of times."""
         if self.blocked:
             self.blocked = False
             self.send()
+        before = self.received
         for _ in range(RECEIVES_MAX):
             if self.ended is not None or not self._receive():
                 break
+        return self.received != before
+
+    def attend(self, attended: bool) -> None:
+        """See base.Polled: a socket is readable all the same."""
 
     def _receive(self) -> bool:
         """Whether there may be more."""
         protocol, view, end = self.protocol, self.view, self.end
+        if protocol.closed:
+            return False  # so is the descriptor
         wanted = protocol.missing or RECEIVE
         try:
-            count = self.sock.recv_into(view[end : end + wanted])
+            if self.tls is not None:
+                count = self.tls.recv_into(view[end : end + wanted])
+            else:
+                count = receive(self.ready_fd, view, end, wanted)
+                if count == -e.EAGAIN:
+                    return False
+                if count < 0:
+                    raise OSError(-count, os.strerror(-count))
             if not count:
                 raise OSError(e.ECONNRESET, "the server closed the connection")
+            self.received += count
             end += count
             self.pos = protocol.receive(view, self.pos, end)
         except (BlockingIOError, InterruptedError):

@@ -4,6 +4,9 @@ cdef extern from *:
 
 cpdef unsigned long long address_of(object data) except? 0
 cpdef long long enter(long long fd, long long submissions)
+cpdef long long receive(
+    long long fd, object memory, long long at, long long room
+) except? -1000000
 
 
 cdef class Writer:
@@ -15,6 +18,7 @@ cdef class Writer:
     )
     cpdef object submit(self)
     cpdef long long ready(self)
+    cpdef object attend(self, bint attended)
     cpdef long long take(self)
     cpdef object cancel(self)
     cpdef object close(self)

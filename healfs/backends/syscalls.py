@@ -1,4 +1,4 @@
-"""What io_uring and buffers need of the kernel and of C; here by ctypes.
+"""What the backends need of the kernel and of C; here by ctypes.
 
 syscalls.pyx is the same for a C compiler, and has the Writer besides.
 """
@@ -6,6 +6,8 @@ syscalls.pyx is the same for a C compiler, and has the Writer besides.
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 from typing import Protocol
 
 SYS_IO_URING_ENTER = 426  # asm-generic/unistd.h
@@ -26,6 +28,14 @@ def enter(fd: int, submissions: int) -> int:
     return taken if taken >= 0 else -ctypes.get_errno()
 
 
+def receive(fd: int, memory: memoryview, at: int, room: int) -> int:
+    """recv(2) of up to `room` bytes to memory[at:], not waiting: how many, or -errno."""
+    try:
+        return os.readv(fd, (memory[at : at + room],))
+    except OSError as error:
+        return -(error.errno or errno.EIO)
+
+
 class Writer(Protocol):
     """A thread of its own that writes, one after the other, without the interpreter's lock.
 
@@ -44,6 +54,10 @@ class Writer(Protocol):
 
     def ready(self) -> int:
         """How many have ended; all are to be taken."""
+
+    def attend(self, attended: bool) -> None:
+        """True: `ready` is called again and again, so `fd` need not become readable; False: from
+        now on it has to, for what was not taken yet, too."""
 
     def take(self) -> int:
         """The result of the next, in the order of push: bytes (of fdatasync 0), or -errno."""

@@ -1,10 +1,14 @@
 # cython: annotation_typing=False
 """syscalls.py for a C compiler, and the Writer."""
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport errno as c_errno
 
 import os
+
+cdef extern from "sys/socket.h":
+    int MSG_DONTWAIT
+    ssize_t recv(int, void *, size_t, int)
 
 cdef extern from *:
     """
@@ -42,6 +46,7 @@ cdef extern from *:
         uint32_t done;          /* what it has done */
         uint32_t asleep;        /* the futex that it sleeps on */
         uint32_t told;          /* `event` was written, and not read since */
+        uint32_t attended;      /* nobody needs to be told */
         int cancelled, ended, event;
         pthread_t thread;
     };
@@ -77,10 +82,17 @@ cdef extern from *:
         }
     }
 
+    static void healfs_tell(struct healfs_writer *w)
+    {
+        const uint64_t one = 1;
+
+        if (!HEALFS_SWAP(w->told, 1) && write(w->event, &one, sizeof one) < 0)
+            abort(); /* an eventfd takes it */
+    }
+
     static void *healfs_write_all(void *argument)
     {
         struct healfs_writer *w = argument;
-        const uint64_t one = 1;
         uint32_t done = 0, tail;
 
         for (;;) {
@@ -100,8 +112,8 @@ cdef extern from *:
                     count = fdatasync(at->fd);
                 at->result = count < 0 ? -errno : count;
                 HEALFS_STORE(w->done, ++done);
-                if (!HEALFS_SWAP(w->told, 1) && write(w->event, &one, sizeof one) < 0)
-                    abort(); /* an eventfd takes it */
+                if (!HEALFS_LOAD(w->attended))
+                    healfs_tell(w);
             }
         }
     }
@@ -163,6 +175,15 @@ cdef extern from *:
         return HEALFS_LOAD(w->done) - w->taken;
     }
 
+    /* The thread first counts, then looks whether it has to tell; here it is the other way round. So
+       what is done meanwhile is told of by one of both. */
+    static void healfs_attend(struct healfs_writer *w, uint32_t attended)
+    {
+        HEALFS_STORE(w->attended, attended);
+        if (!attended && HEALFS_LOAD(w->done) != w->taken)
+            healfs_tell(w);
+    }
+
     static long long healfs_take(struct healfs_writer *w)
     {
         return w->writes[w->taken++ & (w->entries - 1)].result;
@@ -185,6 +206,7 @@ cdef extern from *:
     void healfs_push(healfs_writer *, int, void *, size_t, long long)
     void healfs_submit(healfs_writer *)
     unsigned int healfs_ready(healfs_writer *)
+    void healfs_attend(healfs_writer *, unsigned int)
     long long healfs_take(healfs_writer *)
     void healfs_cancel(healfs_writer *)
     void healfs_end(healfs_writer *) nogil
@@ -203,6 +225,23 @@ cpdef unsigned long long address_of(object data) except? 0:
 cpdef long long enter(long long fd, long long submissions):
     cdef long taken = syscall(SYS_io_uring_enter, <int>fd, <unsigned int>submissions, 0, 0, NULL, 0)
     return taken if taken >= 0 else -c_errno
+
+
+cpdef long long receive(
+    long long fd, object memory, long long at, long long room
+) except? -1000000:
+    cdef Py_buffer buffer
+    cdef ssize_t count
+    PyObject_GetBuffer(memory, &buffer, PyBUF_WRITABLE)
+    if at < 0 or at > buffer.len:
+        room = -1
+    elif room > buffer.len - at:
+        room = buffer.len - at
+    count = recv(<int>fd, <char *>buffer.buf + at, room, MSG_DONTWAIT) if room >= 0 else 0
+    PyBuffer_Release(&buffer)
+    if room < 0:
+        raise ValueError("outside the memory")
+    return count if count >= 0 else -c_errno
 
 
 cdef class Writer:
@@ -224,6 +263,10 @@ cdef class Writer:
 
     cpdef long long ready(self):
         return healfs_ready(self._writer)
+
+    cpdef object attend(self, bint attended):
+        if self._writer != NULL:
+            healfs_attend(self._writer, attended)
 
     cpdef long long take(self):
         return healfs_take(self._writer)

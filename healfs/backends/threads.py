@@ -102,6 +102,9 @@ class ThreadPool:
             self._complete(operation)
         return count
 
+    def attend(self, attended: bool) -> None:
+        pass  # its threads tell of everything
+
     def unsubmitted(self) -> bool:
         return bool(self._pushed)
 

@@ -67,5 +67,6 @@ cdef class Ring:
     @cython.locals(writer=Writer, written=list, operation=Operation, place="long long")
     cdef object _reap_written(self, list ended)
     cdef long long _completed(self, list ended) except -1
+    cpdef object attend(self, bint attended)
     cpdef bint unsubmitted(self)
     cpdef long long pending(self)

@@ -139,6 +139,10 @@ class Queue(Protocol):
     def reap(self) -> int:
         """Call complete for what has ended; return how many."""
 
+    def attend(self, attended: bool) -> None:
+        """True: `reap` is called again and again, so `fd` need not become readable for what ends;
+        False: from now on it has to, for what was not reaped yet, too."""
+
     def unsubmitted(self) -> bool:
         """Whether submit has something to do."""
 
@@ -396,6 +400,10 @@ class Ring:
         for operation in ended:
             complete(operation)
         return len(ended)
+
+    def attend(self, attended: bool) -> None:
+        if self._writer is not None:
+            self._writer.attend(attended)
 
     def unsubmitted(self) -> bool:
         return self._tail != self._submitted or not self._handed

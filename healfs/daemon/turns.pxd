@@ -9,12 +9,15 @@ cdef class Turns:
     cdef object _backend
     cdef object _commit
     cdef object _epoll
-    cdef object _polled
+    cdef object _watched
     cdef long long _fd
     cdef bint _blocked
+    cdef object _attended
     cdef long long _misses
 
     cpdef bint run(self) except -1
+    @cython.locals(now=double, until=double, last=double, received="long long", answered="long long")
+    cdef bint _run(self) except -1
     cdef object _poll(self)
-    @cython.locals(now=double, began=double)
-    cdef object _wait(self)
+    cdef object _attend(self, object polled)
+    cdef bint _sleep(self) except -1

@@ -2,10 +2,10 @@
 """Turns of the data path: from /dev/fuse to the backend and back, without the event loop between.
 
 A round through trio costs more than all that is done for a request. So while requests keep
-coming, a turn reads, sends, receives and answers, and waits with an epoll of its own, for a
-millisecond at the most. (It looks again and again at first, where what it last waited for came
-soon: to sleep and be woken takes longer than that.) Then, or when its time is over, or when
-something came that is for another task, trio goes on; an idle disk is trio's alone.
+coming, a turn reads, sends, receives and answers, and looks again: to sleep and be woken takes
+longer than what it waits for, mostly. Where that does not come soon it sleeps, in an epoll of its
+own and for a millisecond at the most. Then, or when its time is over, or when something came that
+is for another task, trio goes on; an idle disk is trio's alone.
 """
 
 from __future__ import annotations
@@ -35,58 +35,72 @@ class Turns:
         self._commit = commit
         self._epoll = select.epoll()
         self._epoll.register(channel.fuse, select.EPOLLIN)
-        self._polled: Polled | None = None
+        self._watched: Polled | None = None  # is in the epoll
         self._fd = -1
         self._blocked = False
+        self._attended: Polled | None = None
         self._misses = 0
 
     def run(self) -> bool:
         """One turn; False when the mount is gone."""
+        try:
+            return self._run()
+        finally:
+            self._attend(None)
+
+    def _run(self) -> bool:
         channel, clock = self._channel, time.monotonic
-        until = clock() + LONGEST
+        last = clock()  # when something came, the last time
+        until = last + LONGEST
         while True:
-            answered = channel.answered
+            received, answered = channel.received, channel.answered
             if not channel.drain():
                 return False
-            self._commit()
+            if channel.received != received:
+                self._commit()
             if channel.others:
                 return True
-            # Who got an answer mostly has the next request at once.
-            while channel.answered == answered:
-                if clock() >= until or not (events := self._wait()):
-                    return True
-                if (channel.fuse, select.EPOLLIN) not in events or len(events) > 1:
-                    self._poll()
-                if (channel.fuse, select.EPOLLIN) in events:
-                    break
-            if clock() >= until:
+            self._poll()
+            now = clock()
+            if now >= until:
+                return True
+            if channel.received != received or channel.answered != answered:
+                self._misses = 0 if now < last + 2 * _SPIN else self._misses + 1
+                last = now
+            elif self._misses < _MISSES and now < last + _SPIN:
+                os.sched_yield()
+            elif not self._sleep():
+                self._misses += 1
                 return True
 
     def _poll(self) -> None:
-        if self._polled is not None and self._polled is self._backend.polled:
+        polled = self._backend.polled
+        self._attend(polled)
+        if polled is not None:
             try:
-                self._polled.poll()
+                if not polled.poll():
+                    return
             except Exception:
                 log.exception("internal error in the backend: the connection is given up")
                 self._backend.close()
             self._commit()
 
-    def _wait(self) -> list[tuple[int, int]]:
-        """What is ready: (descriptor, events); nothing after a PAUSE."""
+    def _attend(self, polled: Polled | None) -> None:
+        """`polled` is looked at again and again from now on, nobody else is."""
+        if polled is not self._attended:
+            if self._attended is not None:
+                self._attended.attend(False)
+            self._attended = polled
+            if polled is not None:
+                polled.attend(True)
+
+    def _sleep(self) -> bool:
+        """Until something is ready; False: nothing was in a PAUSE."""
         polled = self._backend.polled
-        if polled is not self._polled or (polled is not None and polled.blocked != self._blocked):
+        if polled is not self._watched or (polled is not None and polled.blocked != self._blocked):
             self._watch(polled)
-        poll, clock = self._epoll.poll, time.monotonic
-        now = began = clock()
-        events: list[tuple[int, int]] = []
-        while self._misses < _MISSES and not events and now < began + _SPIN:
-            events = poll(0)
-            if not events:
-                os.sched_yield()
-            now = clock()
-        events = events or poll(PAUSE)
-        self._misses = 0 if clock() - began < 2 * _SPIN else self._misses + 1
-        return events
+        self._attend(None)
+        return bool(self._epoll.poll(PAUSE))
 
     def _watch(self, polled: Polled | None) -> None:
         if self._fd >= 0:
@@ -94,7 +108,7 @@ class Turns:
                 self._epoll.unregister(self._fd)
             except OSError:
                 pass  # it was closed, and is gone from here with that
-        self._polled, self._fd = polled, -1
+        self._watched, self._fd = polled, -1
         if polled is not None:
             self._fd, self._blocked = polled.ready_fd, polled.blocked
             self._epoll.register(

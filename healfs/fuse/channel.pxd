@@ -25,13 +25,12 @@ cdef class Channel:
     cdef public long long max_background
     cdef Messages _messages
     cdef object _header
-    
     cdef public object _ours
     cdef public object theirs
     cdef public object turn
     cdef public long long answered
     cdef public bint others
-    cdef long long _read_count
+    cdef public long long received
     cdef set _opens
     cdef object _init
     cdef object _negotiated

@@ -91,7 +91,7 @@ class Channel:
         self.turn: Callable[[], bool] = self._one_batch
         self.answered = 0  # requests, ever
         self.others = False  # something else than data came: it is the other tasks' turn
-        self._read_count = 0
+        self.received = 0  # messages, ever
         self._opens: set[int] = set()  # uniques of OPEN requests, whose replies get flags
         self._init = b""
         self._negotiated = b""  # the reply that it has had
@@ -148,8 +148,8 @@ class Channel:
 
     def _drain_one_batch(self) -> bool:
         """Whether there may be more."""
-        before = self._read_count
-        return self.drain() and self._read_count - before == BATCH
+        before = self.received
+        return self.drain() and self.received - before == BATCH
 
     def _one_batch(self) -> bool:
         alive = self.drain()
@@ -172,7 +172,7 @@ class Channel:
                 if length in (-e.ENOENT, -e.EINTR):  # the request was withdrawn meanwhile
                     continue
                 raise OSError(-length, os.strerror(-length))
-            self._read_count += 1
+            self.received += 1
             opcode, unique, pid = messages.opcode, messages.unique, messages.pid
             if opcode == FUSE_READ:
                 self._read(unique, pid, messages.offset, messages.size)

@@ -159,3 +159,18 @@ async def test_nothing_is_to_be_read_when_all_was_reaped(image: Path) -> None:
                 while select.select([ring.fd], [], [], 0)[0]:
                     ring.reap()
                     await trio.lowlevel.checkpoint()
+
+
+async def test_what_ends_while_the_ring_is_attended_is_told_of_afterwards(image: Path) -> None:
+    with rings(image) as (ring, fd, completed):
+        for number in range(2000):
+            ring.attend(True)
+            ring.push(write(fd, number % 8))
+            ring.submit()
+            if number % 4:
+                while not ring.reap():
+                    pass  # the writer's thread needs no lock of ours
+            ring.attend(False)
+            await reap(ring)
+        assert len(completed) == 2000
+        assert not select.select([ring.fd], [], [], 0)[0]

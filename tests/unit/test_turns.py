@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -21,16 +22,23 @@ class Connection:
 
     def __init__(self, fd: int) -> None:
         self.ready_fd = fd
-        self.polls = 0
+        self.completions = 0
+        self.attended = False
         self.on_completion: Callable[[], None] = lambda: None
 
-    def poll(self) -> None:
-        self.polls += 1
+    def poll(self) -> bool:
+        assert self.attended  # else what comes after it may not be looked for
         try:
             os.eventfd_read(self.ready_fd)
         except BlockingIOError:
-            return
+            return False
+        self.completions += 1
         self.on_completion()
+        return True
+
+    def attend(self, attended: bool) -> None:
+        assert attended is not self.attended
+        self.attended = attended
 
 
 class World:
@@ -38,13 +46,13 @@ class World:
 
     def __init__(self, fuse: int) -> None:
         self.fuse = fuse
+        self.received = 0
         self.answered = 0
         self.others = False
         self.alive = True
         self.polled: Connection | None = None
         self.commits = 0
         self.closed = 0
-        self.taken = 0
         self.on_request: Callable[[], None] = lambda: None
 
     def drain(self) -> bool:
@@ -53,7 +61,7 @@ class World:
         except BlockingIOError:
             return self.alive
         for _ in range(count):
-            self.taken += 1
+            self.received += 1
             self.on_request()
         return self.alive
 
@@ -96,13 +104,13 @@ def ask(world: World, count: int = 1) -> None:
 def test_what_comes_while_an_answer_is_given_is_served_in_the_same_turn(world: World) -> None:
     def on_request() -> None:
         world.answer()
-        if world.taken < 5:
+        if world.received < 5:
             ask(world)
 
     world.on_request = on_request
     ask(world)
     assert world.turns().run()
-    assert world.taken == 5
+    assert world.received == 5
 
 
 def test_a_completion_is_waited_for(world: World, event: Event) -> None:
@@ -111,7 +119,8 @@ def test_a_completion_is_waited_for(world: World, event: Event) -> None:
     world.on_request = lambda: os.eventfd_write(connection.ready_fd, 1)
     ask(world, 3)
     assert world.turns().run()
-    assert world.answered == 1 and connection.polls == 1  # all three in one
+    assert world.answered == 1 and connection.completions == 1  # all three in one
+    assert not connection.attended
 
 
 def test_the_request_that_a_completion_brings_is_served_in_the_same_turn(
@@ -121,14 +130,14 @@ def test_the_request_that_a_completion_brings_is_served_in_the_same_turn(
 
     def completed() -> None:
         world.answer()
-        if world.taken < 4:
+        if world.received < 4:
             ask(world)
 
     connection.on_completion = completed
     world.on_request = lambda: os.eventfd_write(connection.ready_fd, 1)
     ask(world)
     assert world.turns().run()
-    assert world.taken == world.answered == 4
+    assert world.received == world.answered == 4
 
 
 def test_after_a_reconnect_the_new_connection_is_watched(world: World, event: Event) -> None:
@@ -140,11 +149,11 @@ def test_after_a_reconnect_the_new_connection_is_watched(world: World, event: Ev
         ask(world)
         world.on_request = lambda fd=connection.ready_fd: os.eventfd_write(fd, 1)
         assert turn.run()
-    assert (old.polls, new.polls) == (1, 1)
+    assert (old.completions, new.completions) == (1, 1)
     os.eventfd_write(old.ready_fd, 1)  # something late on the old one: nobody's any more
     ask(world)
     assert turn.run()
-    assert old.polls == 1
+    assert old.completions == 1 and not old.attended and not new.attended
 
 
 def test_the_end_of_the_mount(world: World) -> None:
@@ -161,7 +170,7 @@ def test_what_is_for_another_task_ends_the_turn(world: World) -> None:
     world.on_request = on_request
     ask(world)
     assert world.turns().run()
-    assert world.taken == 1
+    assert world.received == 1
     assert world.commits == 1
 
 
@@ -189,59 +198,65 @@ def test_a_bug_in_the_backend_costs_the_connection(world: World, event: Event) -
     world.on_request = lambda: os.eventfd_write(connection.ready_fd, 1)
     ask(world)
     assert world.turns().run()
-    assert world.closed == 1
+    assert world.closed == 1 and not connection.attended
 
 
 class Epoll:
-    """Events come so many seconds after they are waited for, on a clock that each look moves on."""
+    """The next request comes so many seconds after the last, on a clock that each look moves on; a
+    look is a drain here. What comes while it sleeps wakes it."""
 
-    def __init__(self, waits: list[float]) -> None:
+    def __init__(self, world: World, waits: list[float]) -> None:
         self.now = 0.0
-        self.due: float | None = None
+        self.due = waits.pop(0)
         self.waits = waits
-        self.looks: list[int] = []  # of each wait, before it slept
+        self.world = world
+        self.looks = [0]  # for each request, before the turn slept
         self.slept = 0
-        self.on_event: Callable[[], None] = lambda: None
+        self.asleep = False
 
     def register(self, fd: int, events: int) -> None:
-        self.fd = fd
+        pass
 
     def monotonic(self) -> float:
         return self.now
 
-    def poll(self, timeout: float) -> list[tuple[int, int]]:
-        if self.due is None:
-            if not self.waits:
-                self.now += turns.SPIN / 10
-                self.slept += bool(timeout)
-                return []
-            self.due = self.now + self.waits.pop(0)
+    def drain(self) -> bool:
+        if self.now >= self.due:
+            self.world.received += 1
+            self.world.answer()
+            self.due = self.now + self.waits.pop(0) if self.waits else math.inf
             self.looks.append(0)
-        if timeout:
-            self.slept += 1
-            self.now = max(self.now, self.due)
-        else:
-            self.looks[-1] += 1
-            self.now += turns.SPIN / 10
-        if self.now < self.due:
+            self.asleep = False
+        return True
+
+    def sched_yield(self) -> None:
+        assert not self.asleep
+        self.now += turns.SPIN / 10
+        self.looks[-1] += 1
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        self.slept += 1
+        self.asleep = True
+        if self.due == math.inf:
             return []
-        self.due = None
-        self.on_event()
-        return [(self.fd, 1)]
+        self.now = max(self.now, self.due)
+        return [(0, 1)]
 
 
 def test_it_looks_before_it_sleeps_while_that_pays(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backend that takes its time costs no CPU: after three waits in vain it sleeps at once."""
+    """A caller that takes its time costs no CPU: after three waits in vain it sleeps at once."""
     soon, late = turns.SPIN / 2, turns.SPIN * 10
-    epoll = Epoll([soon, late, soon, late, late, late, late, late, soon, soon, late])
+    waits = [soon, late, soon, late, late, late, late, late, soon, soon, late]
+    epoll = Epoll(world, list(waits))
     monkeypatch.setattr(turns, "select", SimpleNamespace(epoll=lambda: epoll, EPOLLIN=1))
     monkeypatch.setattr(turns, "time", epoll)
-    epoll.on_event = lambda: ask(world)
-    world.on_request = world.answer
+    monkeypatch.setattr(turns, "os", epoll)
+    monkeypatch.setattr(world, "drain", epoll.drain)
     assert world.turns().run()
     found = [looks > 0 for looks in epoll.looks]
-    assert found == [True] * 6 + [False] * 3 + [True] * 2
+    assert found == [True] * 6 + [False] * 3 + [True] * 3
     assert all(looks <= 11 for looks in epoll.looks)
-    assert epoll.slept == 9  # the last of them ends the turn
+    # Each long wait; of the last short ones the first, as it slept then; and the end of the turn.
+    assert epoll.slept == waits.count(late) + 1 + 1
