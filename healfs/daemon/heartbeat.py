@@ -7,6 +7,9 @@ more outage. What systemd's watchdog would do instead is to kill the keeper, and
 A disk that nobody uses is silent by right: nobody misses a worker that hangs then. The silence
 counts from when somebody comes.
 
+That it rests may be lost on the way to a keeper that was frozen. So in the middle of a silence the
+worker is asked for a beat.
+
 So the watchdog is fed with each beat, and while the keeper does all that can be done about a
 worker: it was killed and has not ended, or another one is about to be started, or was and has not
 beaten yet; and while the disk is idle. Not fed, it ends a keeper that hangs itself.
@@ -35,6 +38,7 @@ class Heartbeat:
         self._has_beaten = False
         self.is_idle = False
         self._was_killed = False
+        self._was_asked = False
 
     @property
     def patience(self) -> float:
@@ -43,7 +47,7 @@ class Heartbeat:
 
     def started(self, now: float) -> None:
         """Another worker."""
-        self._has_beaten = self.is_idle = self._was_killed = False
+        self._has_beaten = self.is_idle = self._was_killed = self._was_asked = False
         self.silent = 0.0
         self._looked = now
         self._feed(now)
@@ -51,6 +55,7 @@ class Heartbeat:
     def beat(self, now: float, idle: bool = False) -> None:
         """`idle`: the next one comes when something else does."""
         self._has_beaten = True
+        self._was_asked = False
         self.is_idle = idle
         self.silent = 0.0
         self._feed(now)
@@ -75,6 +80,13 @@ class Heartbeat:
         if self._was_killed or self.silent < limit:
             return False
         self._was_killed = True
+        return True
+
+    def has_to_ask(self) -> bool:
+        """True once a silence, in its middle: the worker is to be asked for a beat."""
+        if self._was_asked or self.silent < self.limit / 2:
+            return False
+        self._was_asked = True
         return True
 
     def none_runs(self, now: float) -> None:

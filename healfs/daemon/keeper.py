@@ -8,13 +8,13 @@ mount's configuration on standard input; READY_FD is -1 where `healfs mount` its
 keeper.
 
 Messages on the socket to a worker are JSON objects, one a packet. From the worker:
-{"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "serving", "version": text},
+{"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "serving", "version": text, "beats": true},
 {"do": "init", "request": hex, "reply": hex, "resend": bool}, {"do": "alive"}, {"do": "ready"},
 {"do": "beat", "status": text, "idle": bool}, {"do": "unmounted", "data": object},
 {"do": "event", "event": name, "data": object, "time": seconds};
 the first three get a reply, {"ok": true} (a mount's with the descriptor) or {"error": text,
-"errno": n}. To the worker: a greeting, then {"event": "terminate"}. What an upgrade adds: see
-daemon/upgrading.py.
+"errno": n}. To the worker: a greeting, then {"event": "terminate"}, and {"event": "beat"}, which
+asks one that said "beats" for one. What an upgrade adds: see daemon/upgrading.py.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Keeper:
         self.pause = 0.0
         self.alive = False  # the worker has answered something since its start
         self.died: float | None = None  # when the last one did that served
+        self.may_ask = False  # it knows what a message that asks for a beat is
         self.leaving: float | None = None  # since when the worker is seen to be killed
         self.look_at = 0.0
         self.log = "stderr"
@@ -218,9 +219,12 @@ class Keeper:
             return self._too_late(now) if now >= self.kill_at else None
         if self.leaving is not None:
             self.heartbeat.none_runs(now)
-        elif (self.heartbeat.is_idle or self._is_replaceable()) and self.heartbeat.hangs(now):
-            self.say("the worker hangs: killed")
-            self.worker.kill()
+        elif self.heartbeat.is_idle or self._is_replaceable():
+            if self.heartbeat.hangs(now):
+                self.say("the worker hangs: killed")
+                self.worker.kill()
+            elif self.may_ask and self.heartbeat.has_to_ask():
+                self.worker.tell({"event": "beat"})
         return None
 
     def _is_replaceable(self) -> bool:
@@ -271,7 +275,7 @@ class Keeper:
     def employ(self, child: Child) -> None:
         """It is the worker from now on."""
         self.worker = child
-        self.alive = False
+        self.alive = self.may_ask = False
         self.leaving = None
         self.started = time.monotonic()
         self.look_at = self.started + LOOK_SECONDS
@@ -298,6 +302,7 @@ class Keeper:
                 self.init, self.init_reply = message["request"], message["reply"]
                 self.resend = message["resend"]
             case "serving":
+                self.may_ask = message.get("beats", False)
                 self._serving(str(message["version"]))
             case "alive":
                 self.alive = True

@@ -83,6 +83,8 @@ class Parent:
                 self.terminate.set()
             elif message.get("event") == "hand-over":
                 self.hand_over.set()
+            elif message.get("event") == "beat":
+                pass  # it has woken the loop, which beats then
             else:
                 for fd in fds:
                     os.set_inheritable(fd, False)

@@ -252,7 +252,7 @@ class Worker:
         resuming = self.channel.resuming
         await (self.negotiated if resuming is None else resuming).wait()
         with contextlib.suppress(ParentError):
-            await self.parent.ask({"do": "serving", "version": __version__})
+            await self.parent.ask({"do": "serving", "version": __version__, "beats": True})
         if resuming is not None:
             log.info("version %s took over", __version__)
             return

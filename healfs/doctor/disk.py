@@ -108,8 +108,8 @@ def _abilities(abilities: dict[str, Any], nbd: bool) -> Iterator[Finding]:
         )
     else:
         yield Finding("backend", Level.OK, "it flushes; what is not flushed is in the write log")
-    if nbd and not abilities.get("multi_conn"):
-        yield Finding("backend", Level.OK, "no multi-conn: healfs makes one connection")
+    if nbd:
+        yield Finding("backend", Level.OK, "healfs makes one connection to a server")
 
 
 def _lacks(abilities: dict[str, Any], nbd: bool) -> Iterator[Finding]:

@@ -315,8 +315,6 @@ def status(**changed: Any) -> dict[str, Any]:
 
 def test_a_disk_with_which_all_is_well() -> None:
     assert {finding.level for finding in disk.examine(status())} == {Level.OK}
-    one = disk.examine(status(backend={"multi_conn": False}))
-    assert {finding.level for finding in one} == {Level.OK}
     read_only = {"values": {"read_only": {"value": True}}}
     found = disk.examine(status(configuration=read_only, backend={"discard": False}))
     assert {finding.level for finding in found} == {Level.OK}

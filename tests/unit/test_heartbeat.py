@@ -62,6 +62,28 @@ def test_an_idle_disk_may_be_silent_until_something_comes() -> None:
     assert hung_after(heart, 4001.0, 100) == SILENT_SECONDS - 1  # since it came
 
 
+def test_a_silent_worker_is_asked_once_before_it_hangs() -> None:
+    """It may be idle, and what said so lost."""
+    heart = Heartbeat(Systemd(0.0))
+    heart.started(0.0)
+    heart.hangs(1.0)
+    heart.beat(1.0)
+    asked = []
+    for now in range(2, 40):
+        if heart.hangs(now):
+            break
+        if heart.has_to_ask():
+            asked.append(now)
+    assert (asked, now) == ([1 + SILENT_SECONDS / 2], 1 + SILENT_SECONDS)
+    heart.started(100.0)
+    for now in 101, 201:  # each silence
+        heart.hangs(now)
+        heart.beat(now)
+        assert hung_after(heart, now, SILENT_SECONDS / 2 - 1) is None and not heart.has_to_ask()
+        assert not heart.hangs(now + SILENT_SECONDS / 2)
+        assert heart.has_to_ask()
+
+
 def test_the_watchdog_of_an_idle_disk_is_fed() -> None:
     systemd = Systemd(24.0)
     heart = Heartbeat(systemd)
