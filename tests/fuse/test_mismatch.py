@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -347,6 +348,25 @@ def test_a_file_is_cut_and_nobody_says_so(image: Path, on_file: tuple[HealfsMoun
     assert disk.answer().value == WAITING
     disk.ok("fsync")
     assert blocks(image) == (ANSWERED, WAITING)
+
+
+def test_a_file_is_emptied_and_nobody_says_so(
+    image: Path, on_file: tuple[HealfsMount, Agent]
+) -> None:
+    """As by `: > disk.img`: what is not there is waited for, and the log brings back its part."""
+    mount, disk = on_file
+    os.truncate(image, 0)
+    disk.ask("pread", SECOND, 4096)
+    assert "is empty" in mount.wait_until(_is_empty)["reason"]
+    assert not disk.answered and image.stat().st_size == 0
+    os.truncate(image, SIZE)
+    assert disk.answer().value == bytes(4096)
+    disk.ok("fsync")
+    assert blocks(image) == (ANSWERED, bytes(4096))
+
+
+def _is_empty(status: dict[str, Any]) -> bool:
+    return status["state"] == "stalled" and "is empty" in status["reason"]
 
 
 @pytest.mark.parametrize("option", ["--replay", "--drop"])
