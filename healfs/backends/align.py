@@ -75,10 +75,10 @@ class AlignedBackend(Backend):
             self._without_edges(request, done)
 
     def commit(self) -> None:
-        self._inner.commit()
         answers, self._answers = self._answers, []
         for request, done in answers:
             done(request, 0, None)
+        self._inner.commit()
 
     @property
     def polled(self) -> Polled | None:

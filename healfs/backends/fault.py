@@ -142,7 +142,7 @@ class FaultBackend(Backend):
         self._delayed: list[tuple[float, int, Request, Done, int]] = []
         self._number = itertools.count()
         self._session = 0  # what an older one still has coming is dropped
-        self._delayed_more = trio.Event()
+        self._more = trio.Event()
         self._scope: trio.CancelScope | None = None
 
     def resumed(self) -> None:
@@ -206,8 +206,8 @@ class FaultBackend(Backend):
                         break
                     self.commit()
                     with trio.move_on_after(self._pause()):
-                        await self._delayed_more.wait()
-                    self._delayed_more = trio.Event()
+                        await self._more.wait()
+                    self._more = trio.Event()
         self._scope = None
         if session == self._session:
             self._forget()
@@ -220,6 +220,7 @@ class FaultBackend(Backend):
 
     def submit(self, request: Request, done: Done) -> None:
         self._batch.append((request, done))
+        self._more.set()  # whoever submits it may not commit: a completion that lets it go
 
     def commit(self) -> None:
         self._look()
@@ -251,7 +252,7 @@ class FaultBackend(Backend):
             when = time.monotonic() + rule.delay
             entry = (when, next(self._number), request, done, rule.errno)
             heapq.heappush(self._delayed, entry)
-            self._delayed_more.set()
+            self._more.set()
         else:
             self._go(request, done, rule.errno)
 

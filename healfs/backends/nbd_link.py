@@ -99,10 +99,14 @@ class Link:
         for _ in range(RECEIVES_MAX):
             if self.ended is not None or not self._receive():
                 break
+        if self.tls is not None:
+            # Nobody would see that this is there: it came off the socket.
+            while self.ended is None and self.tls.pending() and self._receive():
+                pass
         return self.received != before
 
     def attend(self, attended: bool) -> None:
-        """See base.Polled: a socket is readable all the same."""
+        """See base.Polled: the socket is readable all the same; `poll` leaves nothing above it."""
 
     def _receive(self) -> bool:
         """Whether there may be more."""

@@ -244,22 +244,23 @@ class TlsSocket:
 
     async def readable(self) -> None:
         """As trio's wait_readable. ClosedResourceError when it was closed."""
-        if self._pending():
+        if self.pending():
             await trio.lowlevel.checkpoint()
         elif self._raw.fileno() >= 0:
             await trio.lowlevel.wait_readable(self._raw)
         if self._raw.fileno() < 0:
             raise trio.ClosedResourceError
 
-    def _pending(self) -> bool:
+    def pending(self) -> bool:
+        """Whether there is something to receive that the socket below is not readable for."""
         ended = self._ended or self._failure is not None
         return ended or bool(self._in.pending or self._tls.pending())
 
     def recv_into(self, view: memoryview) -> int:
-        if not self._pending():
+        if not self.pending():
             self._fill()  # once: a server that sends records without data must not hold the loop
         filled = 0
-        while filled < len(view) and self._pending():
+        while filled < len(view) and self.pending():
             if self._failure is not None:
                 if filled:
                     break

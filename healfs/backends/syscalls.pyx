@@ -231,17 +231,20 @@ cpdef long long receive(
     long long fd, object memory, long long at, long long room
 ) except? -1000000:
     cdef Py_buffer buffer
-    cdef ssize_t count
+    cdef ssize_t count = 0
+    cdef int error = 0
     PyObject_GetBuffer(memory, &buffer, PyBUF_WRITABLE)
     if at < 0 or at > buffer.len:
         room = -1
     elif room > buffer.len - at:
         room = buffer.len - at
-    count = recv(<int>fd, <char *>buffer.buf + at, room, MSG_DONTWAIT) if room >= 0 else 0
+    if room >= 0:
+        count = recv(<int>fd, <char *>buffer.buf + at, room, MSG_DONTWAIT)
+        error = c_errno
     PyBuffer_Release(&buffer)
     if room < 0:
         raise ValueError("outside the memory")
-    return count if count >= 0 else -c_errno
+    return count if count >= 0 else -error
 
 
 cdef class Writer:

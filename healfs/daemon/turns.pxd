@@ -16,7 +16,8 @@ cdef class Turns:
     cdef long long _misses
 
     cpdef bint run(self) except -1
-    @cython.locals(now=double, until=double, last=double, received="long long", answered="long long")
+    @cython.locals(now=double, until=double, last=double, received="long long", answered="long long",
+                   waited=bint)
     cdef bint _run(self) except -1
     cdef object _poll(self)
     cdef object _attend(self, object polled)

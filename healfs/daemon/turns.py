@@ -52,6 +52,7 @@ class Turns:
         channel, clock = self._channel, time.monotonic
         last = clock()  # when something came, the last time
         until = last + LONGEST
+        waited = False
         while True:
             received, answered = channel.received, channel.answered
             if not channel.drain():
@@ -65,9 +66,13 @@ class Turns:
             if now >= until:
                 return True
             if channel.received != received or channel.answered != answered:
-                self._misses = 0 if now < last + 2 * _SPIN else self._misses + 1
+                if waited:
+                    self._misses = 0 if now < last + 2 * _SPIN else self._misses + 1
+                    waited = False
                 last = now
-            elif self._misses < _MISSES and now < last + _SPIN:
+                continue
+            waited = True
+            if self._misses < _MISSES and now < last + _SPIN:
                 os.sched_yield()
             elif not self._sleep():
                 self._misses += 1

@@ -7,6 +7,7 @@ import errno
 import select
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from healfs.backends.base import SourceError
+from healfs.backends.nbd import BUFFER, PIECE_MAX, NbdBackend
+from healfs.backends.nbd_link import Link
+from healfs.backends.nbd_protocol import Export
 from healfs.backends.nbd_tls import SEND, TlsSocket, credentials
 from healfs.backends.nbd_uri import NbdUri, Tls
+from healfs.core.request import Kind, Request
 from tests.backends.certificates import Authority
 from tests.backends.nbd_disk import DEADLINE, pattern
 
@@ -228,3 +233,29 @@ def test_what_brings_no_data_does_not_hold_the_loop(directory: Path) -> None:
             if count:
                 break
         assert view[:count] == b"data" and calls > 20
+
+
+def test_a_poll_leaves_nothing_that_no_descriptor_tells_of(directory: Path) -> None:
+    """More whole replies than one poll receives: it goes on with what came off the socket."""
+    count, size = 49, 128 << 10
+    backend = NbdBackend("nbd+unix:///?socket=/s")
+    answered: list[int] = []
+    with connected(directory) as (ours, theirs):
+        with contextlib.suppress(PermissionError):
+            theirs.setsockopt(socket.SOL_SOCKET, 32, 1 << 24)  # SO_SNDBUFFORCE
+        view = memoryview(bytearray(BUFFER))
+        export = Export(size=count * size)
+        link = Link(ours, export, view, PIECE_MAX, backend._seldom)
+        for number in range(count):
+            request = Request(Kind.READ, number * size, size, lambda *_: None)
+            link.submit(request, lambda request, errno, data: answered.append(errno))
+        cookies = range(1, count + 1)
+        replies = b"".join(struct.pack(">IIQ", 0x67446698, 0, c) + bytes(size) for c in cookies)
+        sending = threading.Thread(target=theirs.sendall, args=(replies,))
+        sending.start()
+        while len(answered) < count:
+            assert select.select([ours], [], [], DEADLINE)[0]
+            link.poll()
+            assert not ours.pending()
+        sending.join()
+        assert answered == [0] * count

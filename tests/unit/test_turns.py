@@ -214,6 +214,12 @@ class Epoll:
         self.slept = 0
         self.asleep = False
 
+    def take_the_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        epoll = SimpleNamespace(epoll=lambda: self, EPOLLIN=1)
+        for name, stand_in in (("select", epoll), ("time", self), ("os", self)):
+            monkeypatch.setattr(turns, name, stand_in)
+        monkeypatch.setattr(self.world, "drain", self.drain)
+
     def register(self, fd: int, events: int) -> None:
         pass
 
@@ -250,13 +256,23 @@ def test_it_looks_before_it_sleeps_while_that_pays(
     soon, late = turns.SPIN / 2, turns.SPIN * 10
     waits = [soon, late, soon, late, late, late, late, late, soon, soon, late]
     epoll = Epoll(world, list(waits))
-    monkeypatch.setattr(turns, "select", SimpleNamespace(epoll=lambda: epoll, EPOLLIN=1))
-    monkeypatch.setattr(turns, "time", epoll)
-    monkeypatch.setattr(turns, "os", epoll)
-    monkeypatch.setattr(world, "drain", epoll.drain)
+    epoll.take_the_place(monkeypatch)
     assert world.turns().run()
     found = [looks > 0 for looks in epoll.looks]
     assert found == [True] * 6 + [False] * 3 + [True] * 3
     assert all(looks <= 11 for looks in epoll.looks)
     # Each long wait; of the last short ones the first, as it slept then; and the end of the turn.
     assert epoll.slept == waits.count(late) + 1 + 1
+
+
+def test_a_backend_that_is_slow_each_time_costs_no_cpu(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn begins with a request that nobody waited for: that is no wait that paid."""
+    epoll = Epoll(world, [0.0])
+    epoll.take_the_place(monkeypatch)
+    turn = world.turns()
+    for _ in range(8):
+        epoll.due = epoll.now
+        assert turn.run()
+    assert [looks > 0 for looks in epoll.looks] == [False] + [True] * 3 + [False] * 5
