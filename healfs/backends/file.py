@@ -212,6 +212,8 @@ class _Session:
         if buffer is not None:
             self._pool.give(buffer)
             for _ in range(len(self._deferred)):
+                if not self._deferred:
+                    break  # io_uring takes no more: the connection was given up
                 self.submit(*self._deferred.popleft())
 
     def _report_short(self, transfer: _Transfer) -> None:
@@ -367,8 +369,8 @@ class FileBackend(Backend):
             raise
         try:
             self._session, notes = self._start_session(opened)
-        except SourceError:
-            os.close(opened.fd)
+        except BaseException:
+            os.close(opened.fd)  # with its locks, which would keep out the next attempt
             raise
         self._connected_before = True
         self._size = opened.geometry.size

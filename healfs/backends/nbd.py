@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno as e
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ PIECES_IN_FLIGHT = 4  # of one request
 STATUS_MAX = 1 << 30  # bytes asked by one BLOCK_STATUS
 EXTENT_ROUNDS = 64
 BUFFER = PIECE_MAX + 4 * RECEIVE
+IDENTITY_MAX = 256  # bytes of a name or description; a longer one is known by its hash
 MAXIMUM_PAYLOAD = 32 << 20  # where the server names no limit
 
 _COMMANDS = {
@@ -39,6 +41,15 @@ _COMMANDS = {
     Kind.DISCARD: wire.CMD_TRIM,
     Kind.WRITE_ZEROES: wire.CMD_WRITE_ZEROES,
 }
+
+
+def _short(text: str) -> str:
+    """Of an identity: it is kept beside the write log, where there is not room for all that a
+    server may say of itself."""
+    data = text.encode(errors="replace")
+    if len(data) <= IDENTITY_MAX:
+        return text
+    return f"{text[:32]}... (sha256 {hashlib.sha256(data).hexdigest()})"
 
 
 class Pieces:
@@ -182,9 +193,9 @@ class NbdBackend(Backend):
             volatile_cache=can_flush,
             multi_conn=bool(export.flags & proto.CAN_MULTI_CONN),
             identity={
-                "export": self._uri.export if export.name is None else export.name,
+                "export": _short(self._uri.export if export.name is None else export.name),
                 "minimum_block": str(block),
-                "description": export.description,
+                "description": _short(export.description),
             },
             notes=notes,
         )

@@ -22,6 +22,7 @@ cdef class Link:
     cdef public object writable_wanted
     cdef public list answers
     cdef long long _piece
+    cdef long long _room
     cdef object _seldom
 
     cpdef object submit(self, Request request, object done)

@@ -61,6 +61,7 @@ class Link:
         self.received = 0  # bytes, ever
         self.answers: list[tuple[Request, Done, int]] = []  # that need no server
         self._piece = piece
+        self._room = max(piece, wire.BLOCK_STATUS_MAX) + 64  # bytes of the longest chunk
         self._seldom = seldom
 
     def submit(self, request: Request, done: Done) -> None:
@@ -139,7 +140,7 @@ class Link:
             return False
         if self.pos == end:
             self.pos = end = 0
-        elif len(view) - self.pos < self._piece + 64:
+        elif len(view) - self.pos < self._room:
             view[: end - self.pos] = view[self.pos : end]
             self.pos, end = 0, end - self.pos
         self.end = end

@@ -44,6 +44,7 @@ STATE_HOLE = 1
 STATE_ZERO = 2
 
 BLOCK_STATUS_MAX = 64 << 10  # bytes of one chunk; we ask with REQ_ONE, which needs 12
+PIECES_MAX = 4096  # of one read, apart from each other: each costs a search and a move
 ERROR_CHUNK_MAX = 6 + STRING_MAX + 8
 
 _U32 = Struct(">I")
@@ -124,6 +125,8 @@ class Assembly:
                 del self.starts[i]
         elif joins_next:
             self.starts[i] = start
+        elif len(self.starts) == PIECES_MAX:
+            raise ProtocolError("a read in too many pieces")
         else:
             self.starts.insert(i, start)
             self.ends.insert(i, end)

@@ -92,7 +92,10 @@ class Attempt:
 
     def run(self) -> Opened:
         """SourceError: waiting does not mend it. OSError: away."""
-        self.started = True
+        with self._lock:  # who gives it up sees whether it has begun
+            if self._abandoned:
+                raise OSError(errno.ETIMEDOUT, "too late")
+            self.started = True
         try:
             opened = self._open()
         except SourceError:

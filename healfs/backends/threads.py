@@ -70,13 +70,22 @@ class ThreadPool:
         self._pushed.append(operation)
 
     def submit(self) -> None:
-        for operation in self._pushed:
+        pushed, self._pushed = self._pushed, []
+        for operation in pushed:
             self._pending += 1
-            if self._threads < min(self._limit, self._pending):
-                self._threads += 1
-                threading.Thread(target=self._run, name="healfs-io", daemon=True).start()
             self._work.put(operation)
-        self._pushed.clear()
+            if self._threads < min(self._limit, self._pending):
+                self._start_thread()
+
+    def _start_thread(self) -> None:
+        """OSError: there is none, and none can be started. Else those that run do all."""
+        try:
+            threading.Thread(target=self._run, name="healfs-io", daemon=True).start()
+        except RuntimeError as error:
+            if not self._threads:
+                raise OSError(errno.EAGAIN, str(error)) from None
+            return
+        self._threads += 1
 
     def _run(self) -> None:
         while (operation := self._work.get()) is not None:

@@ -40,6 +40,7 @@ from healfs.core.writelog import Attempt, WriteLog, memory_size
 log = logging.getLogger("healfs.engine")
 
 _LOOK_EACH, _LARGE = 32, 65536  # writes, bytes: how often it is seen whether the log is half full
+ASKED = 4096  # bytes read to find out whether a silent backend answers
 LARGEST_BLOCK = 65536  # bytes: the largest minimum block there is (NBD)
 EVENT_GAP = 1.0  # seconds between two BLOCK_IO_ERROR events that say the same
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
@@ -225,15 +226,16 @@ class Engine:
             self._send_flush(request, now)
             return
         else:
+            # First: what waits for its range needs no room, and takes it from nobody.
+            if len(self._unsettled) and self._unsettled.block(request):
+                self._wait(request)
+                return
             if request.record < 0 and (self._queues.no_room or not self.log.enter(request)):
                 request.phase = PARKED
                 self._queues.no_room[request.order] = request
                 self.log.move_up()
-                self._flush_log()
+                self._flush_for_room()
                 self._wake_at(now + self._longest_pause())
-                return
-            if len(self._unsettled) and self._unsettled.block(request):
-                self._wait(request)
                 return
         request.phase = IN_FLIGHT
         request.sent = now
@@ -300,6 +302,11 @@ class Engine:
         self._flush.completed = self.log.mark()
         self._send_internal(self._flush, now)
 
+    def _flush_for_room(self) -> None:
+        """Not again and again where that frees nothing: a write that hangs may hold the log."""
+        if self.log.is_trimmable:
+            self._flush_log()
+
     def _send_parked(self) -> None:
         if self.state is not State.READY:
             return
@@ -309,7 +316,7 @@ class Engine:
         while self._queues.no_room and len(self._queues.in_flight) < self.limits.in_flight:
             request = next(iter(self._queues.no_room.values()))
             if not self.log.enter(request):
-                self._flush_log()
+                self._flush_for_room()
                 break
             del self._queues.no_room[request.order]
             self._send(request, now)
@@ -470,6 +477,7 @@ class Engine:
             self._begin_replay()
 
     def _completed_with_error(self, request: Request, errno: int) -> None:
+        self._overlays.pop(request.order, None)  # sent again, it gets what is right then
         if request.fua and errors.classify(errno) is ErrorClass.FAILED:
             # Its own fsync has used up the error of everybody's writes.
             self._flush_failed(errno, ())
@@ -926,7 +934,8 @@ class Engine:
             self._move(State.REPLAYING if self._replaying else State.READY, "")
             if self._replay.wanted and not self._replaying:
                 self._begin_replay()  # a flush failed in the silence
-        if self.state is State.READY and (not request.internal or request.kind is FLUSH):
+        piece = request.internal and request.kind is not FLUSH and request.kind is not READ
+        if self.state is State.READY and not piece:  # of a replay: no guest has an answer yet
             self._end_outage(self.clock(), request)
 
     def _end_outage(self, now: float, last: Request | None = None) -> None:
@@ -988,6 +997,8 @@ class Engine:
         if errors.is_lost(errno):
             self._queues.in_flight[request.order] = request
             self._lose(errno, f"{os.strerror(errno)}: {errors.reason(errno)}")
+        elif request.kind is READ:
+            pass  # of _ask: there was an answer
         elif request.kind is FLUSH:
             self._flushed(request, errno)
         elif errno:
@@ -1167,6 +1178,8 @@ class Engine:
                 self._settled(self._unsettled.settle(now))
             self._retry_failed(now)
             self._judge_without_room(now)
+            if self._queues.no_room:
+                self._send_parked()
             self._look_for_silence(now)
             self._judge_all_in_outage(now)
             self._set_alarm(now)
@@ -1188,27 +1201,41 @@ class Engine:
 
     def _look_for_silence(self, now: float) -> None:
         """No answer at all is an outage, too; one request may hang while others are answered."""
-        if not self.link_up or not self._queues.in_flight:
+        if not self.link_up:
             return
-        oldest = next(iter(self._queues.in_flight.values()))
-        silent_since = max(self._last_answer, oldest.sent)
-        if self.state in (State.READY, State.REPLAYING) and now >= silent_since + self._silence:
-            reason = f"no answer for {self.slow_after:g} s"
-            self._begin_outage(now, e.ETIMEDOUT, SILENT, reason, oldest.sent)
-            self._probe_at = now + self._longest_pause()
-        elif (
-            self.state is State.STALLED
-            and now >= self._probe_at
-            and self._queues.parked
-            and not self._replaying  # nothing may overtake the replay
-        ):
-            # What hangs may be one request only: one new request at a time finds out.
-            self._probe_at = now + self._longest_pause()
-            if len(self._queues.in_flight) < self.limits.in_flight:
-                self._send(self._queues.parked.popitem(last=False)[1], now)
+        oldest = self._waited_for()
+        if self.state is State.STALLED:
+            # Nothing may overtake the replay.
+            if now >= self._probe_at and not self._replaying:
+                self._probe_at = now + self._longest_pause()
+                self._ask(now)
+        elif oldest is not None and self.state in (State.READY, State.REPLAYING):
+            silent_since = max(self._last_answer, oldest.sent)
+            if now >= silent_since + self._silence:
+                reason = f"no answer for {self.slow_after:g} s"
+                self._begin_outage(now, e.ETIMEDOUT, SILENT, reason, silent_since)
+                self._probe_at = now + self._longest_pause()
         for request in [*self._queues.covered.values(), *self._queues.in_flight.values()]:
             if now - request.sent >= self._silence and not request.answered:
                 self._judge_hanging(request, now)
+
+    def _waited_for(self) -> Request | None:
+        """The oldest in flight, but for those that were given up."""
+        for request in self._queues.in_flight.values():
+            if request.internal or not request.answered:
+                return request
+        return None
+
+    def _ask(self, now: float) -> None:
+        """What hangs may be one request only: one new request at a time finds out. Where the policy
+        has answered all, it is a READ of the engine's own."""
+        if len(self._queues.in_flight) >= self.limits.in_flight:
+            return
+        if self._queues.parked:
+            self._send(self._queues.parked.popitem(last=False)[1], now)
+        else:
+            length = min(self.size, max(self.align, ASKED))
+            self._send_internal(Request(READ, 0, length, _nobody), now)
 
     def _judge_without_room(self, now: float) -> None:
         """Writes that wait for room in the log do so under their policy's clock."""
@@ -1258,15 +1285,15 @@ class Engine:
             times.append(now + self._longest_pause())
         if self._outage.since is not None:
             times += [self._outage.since + t for t in timeouts if self._outage.since + t > now]
-        if self._queues.in_flight and self.link_up:
-            oldest = next(iter(self._queues.in_flight.values()))
-            times += [oldest.sent + t for t in timeouts if oldest.sent + t > now]
+        if self.link_up and self.state is State.STALLED:
+            if self._probe_at <= now:
+                self._probe_at = now + self._longest_pause()
+            times.append(self._probe_at)
+        waited_for = self._waited_for() if self.link_up else None
+        if waited_for is not None:
+            times += [waited_for.sent + t for t in timeouts if waited_for.sent + t > now]
             if self.state in (State.READY, State.REPLAYING):
-                times.append(max(self._last_answer, oldest.sent) + self._silence)
-            elif self.state is State.STALLED:
-                if self._probe_at <= now:
-                    self._probe_at = now + self._longest_pause()
-                times.append(self._probe_at)
+                times.append(max(self._last_answer, waited_for.sent) + self._silence)
         if times:
             self._wake_at(min(times))
 

@@ -113,6 +113,11 @@ class WriteLog:
             completed * 2 >= self.limit or self.ring.used * 2 >= self.ring.size
         )
 
+    @property
+    def is_trimmable(self) -> bool:
+        """Whether a flush that is sent now frees anything."""
+        return bool(self._completed)
+
     def as_dict(self) -> dict[str, object]:
         """For status."""
         return {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Mapping
 
@@ -11,6 +13,9 @@ import trio
 
 FENCE_SECONDS = 60.0  # then it is killed, and has failed
 SHOWN = 200  # characters of its error output in the reason
+KEPT = 4 * SHOWN  # bytes of it
+REAP_SECONDS = 1.0  # for a killed one to end
+LISTEN_SECONDS = 1.0  # for the rest of it, when the command has failed
 
 
 async def run(command: str, source: str, identity: Mapping[str, str]) -> str:
@@ -23,20 +28,54 @@ async def run(command: str, source: str, identity: Mapping[str, str]) -> str:
     for key, value in identity.items():
         environment["HEALFS_IDENTITY_" + re.sub(r"\W", "_", key).upper()] = value
     try:
-        with trio.fail_after(FENCE_SECONDS):
-            result = await trio.run_process(
-                ["/bin/sh", "-c", command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                capture_stderr=True,
-                check=False,
-            )
-    except trio.TooSlowError:
-        return f"it took longer than {FENCE_SECONDS:g} s"
+        process = await trio.lowlevel.open_process(
+            ["/bin/sh", "-c", command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # so that all of it can be killed
+        )
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the identity
         return f"it could not be started: {exc}"
-    if result.returncode == 0:
+    said = bytearray()
+    try:
+        with trio.fail_after(FENCE_SECONDS):
+            status = await _end(process, said)
+    except trio.TooSlowError:
+        return f"it took longer than {FENCE_SECONDS:g} s"
+    finally:
+        if process.returncode is None:
+            await _kill(process)
+    if not status:
         return ""
-    text = " ".join((result.stderr or b"").decode(errors="replace").split())[:SHOWN]
-    return f"it ended with status {result.returncode}" + (f": {text}" if text else "")
+    text = " ".join(said.decode(errors="replace").split())[:SHOWN]
+    return f"it ended with status {status}" + (f": {text}" if text else "")
+
+
+async def _kill(process: trio.Process) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with trio.move_on_after(REAP_SECONDS, shield=True):
+        await process.wait()
+
+
+async def _end(process: trio.Process, said: bytearray) -> int:
+    """Its exit status. What it leaves running may keep its standard error: that is not its end."""
+    assert process.stderr is not None
+    stderr = process.stderr
+
+    async def listen() -> None:
+        async for chunk in stderr:
+            said.extend(chunk[: max(0, KEPT - len(said))])
+        heard.set()
+
+    heard = trio.Event()
+    async with stderr, trio.open_nursery() as nursery:
+        nursery.start_soon(listen)
+        status: int = await process.wait()
+        if status:
+            with trio.move_on_after(LISTEN_SECONDS):
+                await heard.wait()
+        nursery.cancel_scope.cancel()
+    return status

@@ -34,7 +34,7 @@ class Disk(Playbook):
 
     def _note(self, request):
         self.flying[request.order] = request
-        if request.internal and request.kind is not Kind.FLUSH:
+        if request.internal and request.kind not in (Kind.FLUSH, Kind.READ):
             self.pieces.append(request)
 
     def close(self):
@@ -166,7 +166,7 @@ def test_what_fails_after_a_silence_is_replayed(what):
     (hung,) = disk.flying.values()
     disk.run(6)
     assert disk.state == "stalled"
-    disk.flying.clear()
+    del disk.flying[hung.order]
     disk.engine.completed(hung, e.EIO)
     disk.drive_for(5)
     assert (Kind.WRITE, 0, 1) in disk.replayed()
@@ -527,3 +527,81 @@ def _comparisons_of_a_stop(count):
 def test_a_stop_with_thousands_of_failing_requests_is_not_quadratic():
     fewer, more = _comparisons_of_a_stop(1000), _comparisons_of_a_stop(2000)
     assert 0 < more < 3 * fewer
+
+
+# --- what hangs, and room in the log ------------------------------------------------------------
+
+
+def test_a_write_that_hangs_and_holds_the_log_is_no_reason_to_flush_again_and_again():
+    disk = Disk()
+    hung = disk.request("hung", Kind.WRITE, 0, BLOCK)
+    flushes = []
+
+    def rule(request):
+        flushes.extend([request] * (request.kind is Kind.FLUSH))
+        return 0
+
+    def drive():
+        for _ in range(200):
+            flying = {o: r for o, r in disk.flying.items() if r is not hung}
+            if not flying:
+                return
+            disk.flying = {hung.order: hung}
+            for request in flying.values():
+                disk.engine.completed(request, rule(request))
+        raise AssertionError("it never rests")
+
+    for number in range(200):
+        disk.write(f"w{number}", CHUNK * (number + 1), CHUNK)
+        drive()
+    waiting = sum(f"w{number}" not in disk.answers for number in range(200))
+    assert waiting > 100 and len(flushes) < 100
+    seen = len(flushes)
+    for _ in range(10):
+        disk.run(1)
+        drive()
+    assert len(flushes) <= seen + 10
+    del disk.flying[hung.order]
+    disk.engine.completed(hung, 0)
+    disk.drive(rounds=400)
+    assert all(disk.succeeded(f"w{number}") for number in range(200)) and disk.succeeded("hung")
+
+
+def test_writes_that_wait_for_their_range_take_no_room_from_others():
+    disk = Disk(size=BIG)
+    disk.engine.fence = True
+    disk.fence = lambda: None
+    blocks = range(0, 60 * CHUNK, CHUNK)  # 60 of 64 KiB: nearly all of the log
+    for block in blocks:
+        disk.write(f"a{block}", block, CHUNK)
+    disk.lose()
+    disk.engine.fenced("it does not answer")
+    disk.run(30)
+    disk.back()
+    disk.drive()
+    for block in blocks:
+        assert disk.succeeded(f"a{block}")
+        disk.write(f"b{block}", block, CHUNK)  # newer, to ranges that are not settled
+    others = range(100 * CHUNK, 200 * CHUNK, CHUNK)
+    for block in others:
+        disk.write(f"c{block}", block, CHUNK)
+        disk.drive()
+    assert all(disk.succeeded(f"c{block}") for block in others)
+    assert not any(f"b{block}" in disk.answers for block in blocks)
+    disk.run(30)
+    disk.engine.fenced("")
+    disk.drive()
+    assert all(disk.succeeded(f"b{block}") for block in blocks)
+
+
+@pytest.mark.plain
+def test_a_read_that_fails_beside_suspects_leaves_nothing_behind():
+    disk = Disk(policy(read="report"))
+    disk.written("a", 0)
+    disk.flush("f")
+    disk.drive(lambda request: e.EIO if request.kind is not Kind.READ else 0, rounds=4)
+    for number in range(20):
+        disk.read(f"r{number}", 0, 2)
+        disk.drive(lambda request: e.EIO)
+        assert disk.answers[f"r{number}"] == (e.EIO, None)
+    assert not disk.engine._overlays

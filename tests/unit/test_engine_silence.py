@@ -4,6 +4,7 @@ import errno as e
 
 import pytest
 
+from healfs.core.request import Kind
 from tests.unit.playbook import Playbook, policy, retry
 
 # --- no answer at all --------------------------------------------------------------------------
@@ -131,3 +132,58 @@ def test_cont_during_a_hang_does_not_hide_it():
     play.engine.resume()
     play.run(6)
     assert play.state == "stalled"
+
+
+# --- what nobody waits for ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["report", "ignore"])
+def test_a_silence_ends_though_the_policy_answers_all_at_once(action):
+    """A server has lost one request and answers all others: a READ of our own finds that out."""
+    play = Playbook(policy(action), slow_after=5)
+    play.write("lost")
+    play.run(6)
+    assert play.state == "stalled" and "lost" in play.answers
+    play.write("a", 1)
+    assert "a" in play.answers  # and was not sent
+    asked = []
+    play.on_send = asked.append
+    play.run(5)
+    assert asked and {(r.kind, r.internal) for r in asked} == {(Kind.READ, True)}
+    for request in asked:
+        play.engine.completed(request, e.EIO)  # an answer is an answer
+    assert play.state == "ready" and play.told("HEALFS_RECOVERED")
+    play.take()
+    play.write("b", 2)
+    play.expect("send b")
+
+
+def test_what_was_given_up_makes_no_outage_of_a_quiet_disk():
+    play = Playbook(slow_after=5)
+    play.write("hung")
+    play.run(3)
+    play.cancel("hung")
+    play.run(100)
+    assert play.state == "ready" and not play.told("HEALFS_OUTAGE")
+    play.read("a", 1)
+    play.run(4)
+    play.ok("a")
+    play.read("b", 1)
+    play.run(6)  # but this one is waited for
+    assert play.state == "stalled"
+
+
+def test_a_silence_lasts_since_the_last_answer():
+    """However old what hangs is: the policy's clock is the outage's."""
+    play = Playbook(policy(retry(timeout=10)), slow_after=5)
+    play.write("hung")
+    for number in range(8):
+        play.run(1)
+        play.read(f"r{number}", 1)
+        play.ok(f"r{number}")
+    play.run(1)
+    play.read("last", 2)
+    play.run(6)
+    assert play.state == "stalled" and play.answers.get("last") is None
+    play.read("new", 3)
+    assert "new" not in play.answers  # the outage is younger than the timeout
