@@ -9,12 +9,14 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import trio
 
 from healfs.backends import file as file_module
+from healfs.backends import opening
 from healfs.backends.base import SourceError
 from healfs.backends.buffers import Pool
 from healfs.backends.file import FileBackend
@@ -422,3 +424,72 @@ def test_created_images_are_the_owners_alone(tmp_path: Path) -> None:
 
     trio.run(make)
     assert stat.S_IMODE((tmp_path / "new.img").stat().st_mode) == 0o600
+
+
+async def test_a_descriptor_that_no_session_could_be_made_of_locks_nobody_out(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither io_uring nor threads, for want of descriptors: that passes."""
+    backend = FileBackend(str(image))
+
+    def no_queue(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as pressed:
+        pressed.setattr(file_module, "Ring", no_queue)
+        pressed.setattr(file_module, "ThreadPool", no_queue)
+        with pytest.raises(OSError) as caught:
+            await backend.connect()
+        assert caught.value.errno == errno.EMFILE
+    await backend.connect()
+    await backend.aclose()
+
+
+async def test_an_attempt_that_was_given_up_before_it_began_closes_nothing(image: Path) -> None:
+    """The descriptors that it was to close are the next attempt's to close, once."""
+    old = os.open(image, os.O_RDONLY)
+    late = opening.Attempt(str(image), read_only=False, create=None, wait_for_lock=False, old=[old])
+    late.abandon()
+    assert not late.started
+    with pytest.raises(OSError) as caught:
+        late.run()
+    assert caught.value.errno == errno.ETIMEDOUT and not late.started
+    os.close(old)  # EBADF, if it had
+
+
+async def test_threads_that_cannot_be_started_cost_no_request(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the limit of a container, say: those that run do all; without any it is an outage."""
+    start, started = threading.Thread.start, 0
+
+    def limited(thread: threading.Thread) -> None:
+        nonlocal started
+        if thread.name == "healfs-io":
+            if started == allowed:
+                raise RuntimeError("can't start new thread")
+            started += 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    backend = FileBackend(str(image), use_uring=False)
+    allowed = 1
+    async with connected(backend) as client:
+        answers: list[int] = []
+        for number in range(8):
+            request = make_request(Kind.READ, number * 512, 512)
+            backend.submit(request, lambda request, error, data: answers.append(error))
+        backend.commit()
+        await eventually(lambda: len(answers) == 8)
+        assert answers == [0] * 8 and started == 1
+        assert (await client.do(make_request(Kind.READ, 0, 512)))[0] == 0
+    allowed = started
+    await backend.connect()
+    backend.submit(make_request(Kind.READ, 0, 512), lambda *_: answers.append(-1))
+    backend.commit()
+    with trio.fail_after(DEADLINE):
+        assert (await backend.serve()).errno == errno.EAGAIN
+    assert len(answers) == 8
+    allowed += 1
+    async with connected(backend) as client:
+        assert (await client.do(make_request(Kind.READ, 0, 512)))[0] == 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from healfs.backends import nbd_transmission as wire
 from healfs.backends.nbd_frames import REQUEST
 from healfs.backends.nbd_protocol import ProtocolError
-from healfs.backends.nbd_transmission import Assembly, Command, Transmission
+from healfs.backends.nbd_transmission import PIECES_MAX, Assembly, Command, Transmission
 
 CONTEXT = 7
 AT = 1 << 40
@@ -323,3 +323,13 @@ def test_cover_is_a_set_of_bytes(ranges: list[tuple[int, int]]) -> None:
         runs = list(zip(assembly.starts, assembly.ends, strict=True))
         assert {i for run in runs for i in range(*run)} == covered
         assert all(a[1] < b[0] for a, b in pairwise(runs))
+
+
+def test_a_read_may_not_come_in_more_pieces_than_anybody_makes_of_it() -> None:
+    """Each costs a search and a move: a million would keep the event loop for minutes."""
+    assembly = Assembly()
+    for start in range(2 * PIECES_MAX, 0, -2):
+        assembly.cover(start, start + 1)
+    assembly.cover(2 * PIECES_MAX + 1, 2 * PIECES_MAX + 2)  # touches one
+    with pytest.raises(ProtocolError):
+        assembly.cover(0, 1)
