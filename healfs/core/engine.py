@@ -127,6 +127,8 @@ class Engine:
         self._fencing: list[Attempt] | None = None  # what a success of the running fence settles
         self._fence_at: float | None = None
         self._probing = False
+        self._probe_asks: frozenset[int] = frozenset()  # the undecided of its beginning, by order
+        self._probe_is_stale = False  # it looks at a connection that was lost since
         self._replay = Replay()
         self._replaying = False  # begun, or waiting for what is in flight
         self._replay_at: float | None = None  # try again to write what is suspect
@@ -497,21 +499,25 @@ class Engine:
                 self._judge_failed(request, errno, self.clock())
 
     def _probe(self) -> None:
-        if not self._probing:
+        if not self._probing:  # else what fails now is for the next one
             self._probing = True
+            self._probe_asks = frozenset(self._queues.undecided)
             self.effects.probe()
 
     def probed(self, away: str) -> None:
         """The probe has ended; `away` says why the backend is, "" that it is there."""
         try:
             self._probing = False
-            if away and self.link_up:
+            stale, self._probe_is_stale = self._probe_is_stale, False
+            if away and self.link_up and not stale:
                 self._lose(e.ENODEV, away)
                 return
-            undecided, self._queues.undecided = self._queues.undecided, {}
-            now = self.clock()
-            for request in undecided.values():
-                self._judge_failed(request, request.errno, now)
+            undecided, now = self._queues.undecided, self.clock()
+            for order in [] if stale else sorted(self._probe_asks):
+                if (request := undecided.pop(order, None)) is not None:
+                    self._judge_failed(request, request.errno, now)
+            if undecided:
+                self._probe()
         except Exception:
             self._fault("probed")
 
@@ -808,6 +814,7 @@ class Engine:
     def _lose(self, errno: int, reason: str) -> None:
         now = self.clock()
         self.link_up = False
+        self._probe_is_stale = self._probing
         log.info(
             "lost with %d in flight, %d entries in the log",
             len(self._queues.in_flight),

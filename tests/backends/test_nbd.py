@@ -14,8 +14,9 @@ from pathlib import Path
 import nbd
 import pytest
 
+from healfs.backends import nbd_protocol as proto
 from healfs.backends.base import Extent
-from healfs.backends.nbd import PIECE_MAX, PIECES_IN_FLIGHT
+from healfs.backends.nbd import PIECE_MAX, PIECES_IN_FLIGHT, NbdBackend
 from healfs.core.request import Kind
 from tests.backends.nbd_disk import MIB, Disk, connected, pattern, read, req, write
 from tests.backends.nbd_servers import NbdServer, nbdkit, qemu_nbd
@@ -268,3 +269,13 @@ async def test_noextents_is_all_data() -> None:
     with nbdkit("--filter=noextents", "memory", "1M") as server:
         async with connected(server.uri()) as disk:
             assert await disk.backend.extents(0, MIB) == [Extent(0, MIB, False)]
+
+
+async def test_a_long_name_is_known_by_its_hash() -> None:
+    """What is kept beside the write log of a server's words has little room."""
+    one, other = (proto.Export(size=1 << 20, name="e", description="д" * 2047 + c) for c in "ab")
+    backend = NbdBackend("nbd://localhost/")
+    first, second = (backend._geometry(export).identity for export in (one, other))
+    assert first["description"] != second["description"]
+    assert len(first["description"].encode()) < 256 and first["description"].startswith("ддд")
+    assert first["export"] == "e"

@@ -53,7 +53,9 @@ def test_what_fails_while_the_backend_is_there_is_the_policys(errno):
     play.read("b", 1)
     play.error("a", errno)
     play.error("b", errno)
-    play.expect("send a", "send b", "probe")  # one tells of both
+    play.expect("send a", "send b", "probe")
+    play.engine.probed("")
+    play.expect("probe")  # for what failed since the first began
     play.engine.probed("")
     play.expect(f"answer b {e.errorcode[errno]}")
     assert play.state == "ready" and play.counts["parked"] == 1
@@ -138,3 +140,36 @@ def test_a_replay_that_fails_asks_too(kind):
     play.flush("f")
     play.ok("f")
     assert play.state == "ready" and play.answers["f"] == (0, None)
+
+
+def test_a_probe_says_nothing_of_what_failed_after_it_began():
+    """The device may have gone since it looked."""
+    play = Probed(policy(read="report", write=retry()))
+    play.read("a")
+    play.write("b", 1)
+    play.error("a", e.EIO)
+    play.error("b", e.EIO)
+    play.expect("send a", "send b", "probe")
+    play.engine.probed("")
+    play.expect("answer a EIO", "probe")
+    play.engine.probed(OFFLINE)
+    assert play.state == "stalled" and "b" not in play.answers
+
+
+def test_a_probe_of_the_last_connection_says_nothing_of_this_one():
+    """It hung as long as that one did."""
+    play = Probed()
+    play.write("a")
+    play.error("a", e.EIO)
+    play.expect("send a", "probe")
+    play.lose()
+    play.run(1)
+    play.up()
+    play.take()
+    play.error("a", e.EIO)  # sent again
+    play.expect()
+    play.engine.probed("the storage does not answer")
+    assert play.state == "ready"
+    play.expect("probe")
+    play.engine.probed(OFFLINE)
+    assert play.state == "stalled"
