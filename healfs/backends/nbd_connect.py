@@ -20,6 +20,10 @@ from healfs.backends.nbd_uri import NbdUri
 KEEPALIVE = {socket.TCP_KEEPIDLE: 3, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
 USER_TIMEOUT_MS = 9000
 
+# Attempts that were abandoned may hang as long as their file system does: they must not use up the
+# threads of everybody else.
+_READERS = trio.CapacityLimiter(4)
+
 Socket = socket.socket | TlsSocket
 
 
@@ -33,7 +37,9 @@ async def open_export(uri: NbdUri) -> tuple[Socket, proto.Export]:
         # First: a file that is missing is told also while the server is away. They are read for
         # each connection, since certificates are renewed, and in a thread, since a home
         # directory may be on NFS.
-        context = await trio.to_thread.run_sync(credentials, uri, abandon_on_cancel=True)
+        context = await trio.to_thread.run_sync(
+            credentials, uri, abandon_on_cancel=True, limiter=_READERS
+        )
     sock = await (_open_tcp(uri) if uri.socket is None else _open_unix(uri.socket))
     try:
         sock.setblocking(False)
