@@ -7,6 +7,7 @@ for no disk. Standard library only, but for healfs.config: the keeper uses it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -80,8 +81,10 @@ class History:
         fd = os.open(self._path, flags, 0o600)
         try:
             # One write: killed in it, the keeper leaves a line that is whole, or the last.
-            os.write(fd, line if self._whole else b"\n" + line)
-            self._whole = True
+            line = line if self._whole else b"\n" + line
+            self._whole = os.write(fd, line) == len(line)
+            if not self._whole:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         finally:
             os.close(fd)
         self._lines += 1
@@ -302,11 +305,11 @@ def to_journal(event: Event, mountpoint: str, path: str = JOURNAL) -> bool:
         text = value if isinstance(value, str) else json.dumps(value)
         fields[f"HEALFS_{key.upper()}"] = text
     datagram = b"".join(_field(name, text) for name, text in fields.items())
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             sock.sendto(datagram, socket.MSG_DONTWAIT, path)
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 

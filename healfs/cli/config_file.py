@@ -178,6 +178,8 @@ def _value(value: Any, parameter: click.Parameter, ctx: click.Context, where: st
         raise ConfigError(f"{where}: write a list, such as [107]")
     if not isinstance(value, str | int):
         raise ConfigError(f'{where}: write a string or a number, such as "5s" or 64')
+    if "\0" in str(value):
+        raise ConfigError(f"{where}: a NUL character is in it; leave it out")
     if parameter.name in ("source", "mountpoint", "fault") and not _is_absolute(str(value)):
         raise ConfigError(f"{where}: {value}: write an absolute path: it is used from anywhere")
     try:

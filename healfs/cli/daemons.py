@@ -54,7 +54,8 @@ def about_silent(log: str) -> str:
 
 def is_mounted(mountpoint: str) -> bool:
     """As the kernel says in mountinfo, which asks nothing of the mount."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    # Not splitlines: the kernel escapes a newline in a name, and no carriage return.
+    for line in Path("/proc/self/mountinfo").read_bytes().rstrip(b"\n").split(b"\n"):
         place = line.split(b" ")[4]
         for code in (b"\\040", b"\\011", b"\\012", b"\\134"):
             place = place.replace(code, bytes([int(code[1:], 8)]))

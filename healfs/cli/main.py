@@ -62,6 +62,7 @@ class _Healfs(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
+        _open_standard_streams()
         sys.exit(self._run(*args, **extra))
 
     def _run(self, *args: Any, **extra: Any) -> int:
@@ -101,6 +102,18 @@ class _Healfs(click.Group):
         except OSError as exc:
             error_line(os_error(exc))
             return exit_status.FAILURE
+
+
+def _open_standard_streams() -> None:
+    """A closed one's number would be the next file's that is opened."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end
 
 
 @click.group(

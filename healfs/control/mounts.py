@@ -270,11 +270,13 @@ def claim(mountpoint: str) -> Claim:
     if len(os.fsencode(directory / "control")) > MAXIMUM_SOCKET_PATH:
         raise MountsError(f"{root}: too long for a socket's path; use a shorter directory")
     while True:
-        _private(directory)
         try:
+            _private(directory)
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            continue  # its last holder removed it between the two lines
+            continue  # its last holder removed it meanwhile
+        except OSError as exc:
+            raise MountsError(f"{directory}: {exc.strerror}; set XDG_RUNTIME_DIR") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

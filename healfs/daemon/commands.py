@@ -328,7 +328,8 @@ def _users_of(mountpoint: str) -> list[str]:
             links += [f"/proc/{name}/fd/{fd}" for fd in os.listdir(f"/proc/{name}/fd")]
             targets = {os.readlink(link) for link in links}
             if any(t == mountpoint or t.startswith(mountpoint + "/") for t in targets):
-                with open(f"/proc/{name}/comm") as comm:
+                # The kernel cuts it off after 15 bytes, also inside a character.
+                with open(f"/proc/{name}/comm", errors="replace") as comm:
                     users.append(f"{comm.read().strip()} (pid {name})")
         except OSError:
             continue  # gone, or not ours to see

@@ -143,7 +143,19 @@ class Keeper:
         os.close(null)
         os.chdir("/")
 
+    def _follow_log(self) -> None:
+        """The worker has begun a new file, and removed the old one (see daemon/log_file.py)."""
+        if self.log in ("stderr", "journal"):
+            return
+        with contextlib.suppress(OSError):
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            if not os.path.sameopenfile(log, 2):
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+            os.close(log)
+
     def say(self, text: str) -> None:
+        self._follow_log()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         print(f"{stamp} keeper: {text}", file=sys.stderr)
 
@@ -209,7 +221,7 @@ class Keeper:
         for message in self.worker.messages():
             try:
                 self._heard(message)
-            except (KeyError, TypeError) as exc:  # nothing that it says ends the mount
+            except Exception as exc:  # nothing that it says ends the mount
                 self.say(f"not understood: {message['do']}: {exc!r}")
         if ended:
             return self._worker_ended(now)
@@ -260,6 +272,7 @@ class Keeper:
 
     def _start_worker(self) -> None:
         """The first one mounts; a later one takes over the mount and the log."""
+        self._follow_log()
         try:
             child = Child(self.program, self.descriptors(), self.greeting())
         except OSError as exc:
@@ -338,7 +351,10 @@ class Keeper:
         if now - self.started > LONGEST_PAUSE:
             self.futile, self.pause = 0, 0.0
         if not callers.is_leaving(self.worker.pid):
-            self.leaving = None
+            if self.leaving is not None:
+                self.leaving = None
+                self.problem = ""
+                self._record()
             return
         if self.leaving is None:
             self.leaving = now

@@ -97,13 +97,25 @@ class Parent:
         except OSError:
             pass  # it is gone; `gone` tells
 
+    async def _send(self, message: dict[str, Any]) -> None:
+        """Unlike `tell`, wait for a keeper that does not read just now: it was frozen, say."""
+        while True:
+            try:
+                self._socket.send(json.dumps(message).encode())
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._socket)
+            except OSError:
+                return  # it is gone; `gone` tells
+            else:
+                return
+
     async def ask(self, message: dict[str, Any]) -> int:
         """Send and wait; returns the descriptor that came with the reply, or -1.
 
         Raises ParentError, also when the keeper is gone.
         """
         async with self._lock:
-            self.tell(message)
+            await self._send(message)
             try:
                 # Cancelled halfway, the reply would be taken for the next one's. The keeper's
                 # work is bounded, and so is this.

@@ -8,6 +8,7 @@ these, so /proc is looked at now and then.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Mapping
@@ -20,6 +21,10 @@ SIGKILL_BIT = 1 << 8
 PF_EXITING = 4
 REMEMBERED = 1.0  # seconds that a thread is taken for the one it was
 UNKNOWN = 0  # the thread was gone before it was looked up, or is of another pid namespace
+
+
+# Any other error is ours (no descriptor is free, say), and tells nothing of the process.
+GONE = (errno.ENOENT, errno.ESRCH)
 
 
 def _fields(path: str) -> dict[str, str]:
@@ -45,16 +50,18 @@ def _thread_is_leaving(process: int, thread: str) -> bool:
         with open(f"{base}/stat", encoding="ascii", errors="replace") as stat:
             flags = int(stat.read().rpartition(")")[2].split()[6])
         return bool(flags & PF_EXITING)
-    except (OSError, KeyError, ValueError, IndexError):
-        return True
+    except OSError as exc:
+        return exc.errno in GONE
+    except (KeyError, ValueError, IndexError):
+        return False
 
 
 def is_leaving(process: int) -> bool:
     """Gone, being killed, or exiting, with all its threads."""
     try:
         threads = os.listdir(f"/proc/{process}/task")
-    except OSError:
-        return True
+    except OSError as exc:
+        return exc.errno in GONE
     return all(_thread_is_leaving(process, thread) for thread in threads)
 
 

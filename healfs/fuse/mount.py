@@ -138,7 +138,10 @@ def abort(mountpoint: str) -> bool:
 def connection_of(mountpoint: str) -> int | None:
     """N of /sys/fs/fuse/connections/N: the device's minor, from mountinfo; None: not mounted."""
     found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+    # The kernel escapes a newline in a name, and no other end of a line that Python knows.
+    with open(
+        "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n"
+    ) as table:
         for line in table:
             fields = line.split(" ")
             path = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])

@@ -1,5 +1,6 @@
 """Who waits, looked up in /proc: real processes, and thread numbers that are used again."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -94,6 +95,20 @@ def test_a_thread_is_known_by_its_process() -> None:
     finally:
         child.kill()
         child.communicate(timeout=LIMIT)
+
+
+@pytest.mark.parametrize("call", ["os.listdir", "builtins.open"])
+def test_who_cannot_be_looked_at_is_not_taken_for_gone(
+    process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Else an outage in which descriptors run out would answer everybody with EINTR."""
+
+    def none_left(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as short:
+        short.setattr(call, none_left)
+        assert not is_leaving(process.pid)
 
 
 def test_who_is_killed_is_leaving_before_he_is_reaped(process: subprocess.Popen[bytes]) -> None:

@@ -105,6 +105,7 @@ def test_source_and_mountpoint_need_no_file(tmp_path: Path, mount: Mount) -> Non
         (["werror = ['stop']"], "3: werror: write a string or a number"),
         (["log-entries = 1.5"], "3: log-entries: write a string or a number"),
         (["fault = 'drill.toml'"], "3: fault: drill.toml: write an absolute path"),
+        (["fence = 'a\\u0000b'".replace("'", '"')], "3: fence: a NUL character is in it"),
         (["allow-uid = 7"], "3: allow-uid: write a list, such as [107]"),
         (["allow-uid = [true]"], "3: allow-uid: no bool is expected"),
         (["allow-uid = ['x']"], "3: allow-uid: 'x' is not a valid integer"),

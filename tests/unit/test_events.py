@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -99,6 +100,35 @@ def test_where_it_cannot_be_written_it_says_so(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         add(History(tmp_path / "file" / "m.jsonl"))
+
+
+def test_what_was_written_in_part_is_not_kept_and_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The file system gets full in the middle of a line."""
+    path = tmp_path / "m.jsonl"
+    history = History(path)
+    add(history)
+    with monkeypatch.context() as full:
+        full.setattr(events, "os", _FullAfter(20))
+        with pytest.raises(OSError) as caught:
+            add(history)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
+    add(history)
+    assert [event["sequence"] for event in read(path)] == [1, 3]
+
+
+class _FullAfter:
+    """The module os on a file system with room for so many bytes more."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def write(self, fd: int, data: bytes) -> int:
+        return os.write(fd, data[: self.room])
 
 
 def test_histories_of_what_is_mounted_no_more_are_bounded(
