@@ -173,7 +173,7 @@ def test_wrong_bytes_are_found(demo: Demos) -> None:
 
 def test_errors_of_the_load_are_counted(demo: Demos) -> None:
     """The control: somebody changes the policy to report during the outage."""
-    running = demo("--seconds", "3")
+    running = demo("--seconds", "10")  # an outage long enough for a loaded machine
     running.read_until(r"stalled")
     runtime = re.search(r"export HEALFS_RUNTIME_DIR=(\S+)", running.text)
     assert runtime is not None
