@@ -41,8 +41,7 @@ cdef class _Session:
     cpdef object complete(self, _Transfer transfer)
     cdef object _push(self, _Transfer transfer)
     cdef long long _reap(self) except -1
-    cpdef object commit(self)
     @cython.locals(count="long long", ended="long long")
-    cdef bint _commit(self) except -1
+    cpdef bint commit(self) except -1
     cpdef bint poll(self) except -1
     cdef object _start(self)

@@ -231,10 +231,7 @@ class _Session:
         self._push(transfer)
         return True
 
-    def commit(self) -> None:
-        self._commit()
-
-    def _commit(self) -> bool:
+    def commit(self) -> bool:
         """Whether anything had ended."""
         if self._busy:
             return False  # a done() led here: the outer call goes on
@@ -264,7 +261,7 @@ class _Session:
             return 0
 
     def poll(self) -> bool:
-        return self._commit()
+        return self.commit()
 
     def attend(self, attended: bool) -> None:
         self.queue.attend(attended)

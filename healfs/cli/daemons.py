@@ -8,12 +8,12 @@ import select
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from healfs.cli.output import CliError, bad_input
 from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
+from healfs.fuse.mount import is_mounted
 
 
 def find(path: str) -> Mount:
@@ -50,18 +50,6 @@ def about_dead(mountpoint: str, log: str) -> str:
 
 def about_silent(log: str) -> str:
     return f"try again (a worker that hangs is replaced), or see {log}"
-
-
-def is_mounted(mountpoint: str) -> bool:
-    """As the kernel says in mountinfo, which asks nothing of the mount."""
-    # Not splitlines: the kernel escapes a newline in a name, and no carriage return.
-    for line in Path("/proc/self/mountinfo").read_bytes().rstrip(b"\n").split(b"\n"):
-        place = line.split(b" ")[4]
-        for code in (b"\\040", b"\\011", b"\\012", b"\\134"):
-            place = place.replace(code, bytes([int(code[1:], 8)]))
-        if place == os.fsencode(mountpoint):
-            return True
-    return False
 
 
 def detach(mountpoint: str) -> None:

@@ -26,11 +26,12 @@ from typing import IO, Any
 import click
 
 from healfs.cli import exit_status
-from healfs.cli.daemons import detach, is_mounted
+from healfs.cli.daemons import detach
 from healfs.cli.demo_load import BLOCK, Report
 from healfs.cli.demo_plot import Mark
 from healfs.cli.demo_screen import Screen
 from healfs.cli.output import CliError
+from healfs.fuse.mount import is_mounted
 
 DISK_BYTES = 64 << 20
 _HEALFS = [sys.executable, "-P", "-m", "healfs.cli.main"]

@@ -20,13 +20,14 @@ from rich.console import Console
 
 from healfs.cli import config_file, exit_status
 from healfs.cli.completion import Directory, Source
-from healfs.cli.daemons import clear, detach, is_mounted
+from healfs.cli.daemons import clear, detach
 from healfs.cli.log_options import checked, log_options
 from healfs.cli.output import CliError, bad_input, error_line, os_error
 from healfs.cli.policy_options import DURATION, SIZE, changes, policy_options
 from healfs.config import MountConfig, one_line
 from healfs.control import mounts
 from healfs.core.policy import Policy
+from healfs.fuse.mount import is_mounted
 
 _STOP_SECONDS = 5.0  # what a keeper that was told to end may take
 _FUSE_SYSCTLS = Path("/proc/sys/fs/fuse")

@@ -39,7 +39,7 @@ cdef class Engine:
     cdef object _fencing
     cdef object _fence_at
     cdef bint _probing
-    cdef object _probe_asks
+    cdef object _probe_covers
     cdef bint _probe_is_stale
     cdef public object _replay
     cdef public bint _replaying

@@ -127,7 +127,7 @@ class Engine:
         self._fencing: list[Attempt] | None = None  # what a success of the running fence settles
         self._fence_at: float | None = None
         self._probing = False
-        self._probe_asks: frozenset[int] = frozenset()  # the undecided of its beginning, by order
+        self._probe_covers: frozenset[int] = frozenset()  # the undecided of its beginning, by order
         self._probe_is_stale = False  # it looks at a connection that was lost since
         self._replay = Replay()
         self._replaying = False  # begun, or waiting for what is in flight
@@ -501,7 +501,7 @@ class Engine:
     def _probe(self) -> None:
         if not self._probing:  # else what fails now is for the next one
             self._probing = True
-            self._probe_asks = frozenset(self._queues.undecided)
+            self._probe_covers = frozenset(self._queues.undecided)
             self.effects.probe()
 
     def probed(self, away: str) -> None:
@@ -513,7 +513,7 @@ class Engine:
                 self._lose(e.ENODEV, away)
                 return
             undecided, now = self._queues.undecided, self.clock()
-            for order in [] if stale else sorted(self._probe_asks):
+            for order in [] if stale else sorted(self._probe_covers):
                 if (request := undecided.pop(order, None)) is not None:
                     self._judge_failed(request, request.errno, now)
             if undecided:
@@ -941,7 +941,7 @@ class Engine:
             self._move(State.REPLAYING if self._replaying else State.READY, "")
             if self._replay.wanted and not self._replaying:
                 self._begin_replay()  # a flush failed in the silence
-        piece = request.internal and request.kind is not FLUSH and request.kind is not READ
+        piece = request.internal and request.kind not in (READ, FLUSH)
         if self.state is State.READY and not piece:  # of a replay: no guest has an answer yet
             self._end_outage(self.clock(), request)
 

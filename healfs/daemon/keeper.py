@@ -134,25 +134,23 @@ class Keeper:
         path = mounts.log_path(self.mountpoint)
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         self.log = str(path)
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         os.dup2(null, 0)
+        os.close(null)
+        self._write_to_log()
+        os.chdir("/")
+
+    def _write_to_log(self) -> None:
+        log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        os.close(null)
-        os.chdir("/")
 
     def _follow_log(self) -> None:
         """The worker has begun a new file, and removed the old one (see daemon/log_file.py)."""
-        if self.log in ("stderr", "journal"):
-            return
-        with contextlib.suppress(OSError):
-            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            if not os.path.sameopenfile(log, 2):
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-            os.close(log)
+        if self.log not in ("stderr", "journal"):
+            with contextlib.suppress(OSError):
+                self._write_to_log()
 
     def say(self, text: str) -> None:
         self._follow_log()

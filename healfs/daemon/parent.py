@@ -99,15 +99,15 @@ class Parent:
 
     async def _send(self, message: dict[str, Any]) -> None:
         """Unlike `tell`, wait for a keeper that does not read just now: it was frozen, say."""
+        packet = json.dumps(message).encode()
         while True:
             try:
-                self._socket.send(json.dumps(message).encode())
+                self._socket.send(packet)
+                return
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._socket)
             except OSError:
                 return  # it is gone; `gone` tells
-            else:
-                return
 
     async def ask(self, message: dict[str, Any]) -> int:
         """Send and wait; returns the descriptor that came with the reply, or -1.

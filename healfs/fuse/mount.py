@@ -13,6 +13,8 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 
 MS_NOSUID, MS_NODEV, MS_RDONLY = 2, 4, 1
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
@@ -135,17 +137,29 @@ def abort(mountpoint: str) -> bool:
     return True
 
 
-def connection_of(mountpoint: str) -> int | None:
-    """N of /sys/fs/fuse/connections/N: the device's minor, from mountinfo; None: not mounted."""
-    found = None
-    # The kernel escapes a newline in a name, and no other end of a line that Python knows.
+def mountinfo() -> Iterator[tuple[str, str, int]]:
+    """What is mounted, the newest last: where, the file system's type, the device's minor.
+    The kernel is asked, not the mounts."""
+    # It escapes a newline in a name, and no other end of a line that Python knows.
+    names = sys.getfilesystemencoding()
     with open(
-        "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n"
+        "/proc/self/mountinfo", encoding=names, errors="surrogateescape", newline="\n"
     ) as table:
         for line in table:
             fields = line.split(" ")
-            path = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
-            kind = fields[fields.index("-") + 1]
-            if path == mountpoint and kind in ("fuse", "fuse.healfs"):
-                found = int(fields[2].split(":")[1])  # the last one is on top
+            place = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
+            yield place, fields[fields.index("-") + 1], int(fields[2].split(":")[1])
+
+
+def connection_of(mountpoint: str) -> int | None:
+    """N of /sys/fs/fuse/connections/N: the device's minor; None: not mounted."""
+    found = None
+    for place, kind, minor in mountinfo():
+        if place == mountpoint and kind in ("fuse", "fuse.healfs"):
+            found = minor  # the last one is on top
     return found
+
+
+def is_mounted(mountpoint: str) -> bool:
+    """Whether anything is mounted there."""
+    return any(place == mountpoint for place, _, _ in mountinfo())

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from healfs.cli import daemons
 from healfs.control import mounts
 from healfs.fuse import mount
 
@@ -29,8 +28,7 @@ def test_a_name_with_a_carriage_return_hides_no_mount(monkeypatch: pytest.Monkey
     monkeypatch.setattr(mount, "open", table, raising=False)
     assert mount.connection_of("/mnt/vm 1") == 51
     assert mount.connection_of("/tmp/m") is None
-    monkeypatch.setattr(Path, "read_bytes", lambda path: TABLE.encode())
-    assert daemons.is_mounted("/mnt/vm 1") and not daemons.is_mounted("/tmp/m")
+    assert mount.is_mounted("/mnt/vm 1") and not mount.is_mounted("/tmp/m")
 
 
 def test_a_run_time_directory_that_is_full_is_told_in_one_line(
