@@ -22,7 +22,8 @@ USER_TIMEOUT_MS = 9000
 
 # Attempts that were abandoned may hang as long as their file system does: they must not use up the
 # threads of everybody else.
-_READERS = trio.CapacityLimiter(4)
+READERS = 4
+_readers = trio.CapacityLimiter(READERS)
 
 Socket = socket.socket | TlsSocket
 
@@ -38,7 +39,7 @@ async def open_export(uri: NbdUri) -> tuple[Socket, proto.Export]:
         # each connection, since certificates are renewed, and in a thread, since a home
         # directory may be on NFS.
         context = await trio.to_thread.run_sync(
-            credentials, uri, abandon_on_cancel=True, limiter=_READERS
+            credentials, uri, abandon_on_cancel=True, limiter=_readers
         )
     sock = await (_open_tcp(uri) if uri.socket is None else _open_unix(uri.socket))
     try:

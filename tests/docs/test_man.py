@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from healfs.backends import nbd_tls
+from healfs.backends import nbd, nbd_connect, nbd_tls, nbd_transmission
 from healfs.backends.file import FileBackend
 from healfs.backends.nbd import NbdBackend
 from healfs.cli import exit_status
@@ -20,7 +20,7 @@ from healfs.cli.log_options import MAXIMUM_ENTRIES
 from healfs.cli.main import VERBS, main
 from healfs.config import MountConfig, format_duration, format_size
 from healfs.control.server import Limits as ControlLimits
-from healfs.core.engine import Engine, Limits
+from healfs.core.engine import ASKED, Engine, Limits
 from healfs.core.policy import Policy
 from healfs.core.ring import PAGE as PAGE_SIZE
 from healfs.core.ring import STEP
@@ -197,6 +197,10 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
     ):
         assert said in text, said
     assert control.negotiation_seconds == 5
+    assert f"up to {nbd_transmission.PIECES_MAX} pieces that do not touch" in text
+    assert f"longer than {nbd.IDENTITY_MAX} bytes" in text
+    assert nbd_connect.READERS == 4 and "Four threads read them" in text
+    assert f"a read of {format_size(ASKED)} that healfs makes itself" in text
     assert format_duration(config.slow_after) == "5s" and "Five seconds without any" in text
     assert NbdBackend.settle == 5 and FileBackend.settle == 0
     assert f"It may take {fencing.FENCE_SECONDS:g} seconds" in SEMANTICS.read_text()
