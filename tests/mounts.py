@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,12 @@ class HealfsMount:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.umount(force=True, check=False)
         finally:
-            _clean(self.mountpoint, self.runtime)
-            assert self._watchdog.stdin is not None
-            self._watchdog.stdin.close()
-            self._watchdog.wait(30)
+            try:
+                _clean(self.mountpoint, self.runtime)
+            finally:
+                assert self._watchdog.stdin is not None
+                self._watchdog.stdin.close()
+                self._watchdog.wait(30)
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -154,10 +156,17 @@ def _processes(runtime: Path) -> list[int]:
     return found
 
 
+def mountinfo() -> Iterator[list[str]]:
+    """The fields of each mount on the machine: [2] is its device, [4] where it is."""
+    # Of other tests beside this one, too: their names hold all that a name can.
+    with open("/proc/self/mountinfo", errors="surrogateescape", newline="\n") as table:
+        for line in table:
+            yield line.split(" ")
+
+
 def _connection(mountpoint: Path) -> str | None:
     """The mount's number in fusectl: the minor of its device. No call goes to the mount."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
+    for fields in mountinfo():
         if fields[4] == str(mountpoint):
             return fields[2].partition(":")[2]
     return None

@@ -19,7 +19,7 @@ import pytest
 
 from healfs.cli.demo_load import BLOCK, content
 from healfs.cli.demo_plot import HEIGHT, Mark, plot
-from tests.mounts import HEALFS
+from tests.mounts import HEALFS, mountinfo
 
 INTERRUPTED = "healfs: interrupted; all is cleaned up\n"
 COMMANDS = ("truncate", "mkdir", "rm", "umount", "fusermount3")  # what the demo runs
@@ -81,10 +81,9 @@ class Demo:
 
     def left(self) -> list[str]:
         """What it has not cleaned up."""
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         return [
             *map(str, self.tmpdir.rglob("*")),
-            *(line for line in mounts if str(self.tmpdir) in line),
+            *(" ".join(fields) for fields in mountinfo() if str(self.tmpdir) in fields[4]),
             *(f"process {pid}" for pid in self._processes()),
         ]
 
@@ -100,8 +99,8 @@ class Demo:
         for pid in self._processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            if (place := line.split()[4]).startswith(str(self.tmpdir)):
+        for fields in list(mountinfo()):
+            if (place := fields[4]).startswith(str(self.tmpdir)):
                 subprocess.run(["umount", "-l", place], check=False, timeout=10)
         self._process.communicate(timeout=DEADLINE)
         os.close(self._output)

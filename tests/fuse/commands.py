@@ -91,10 +91,7 @@ class Commands:
 
     @property
     def is_mounted(self) -> bool:
-        return any(
-            line.split()[4] == str(self.mountpoint)
-            for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        )
+        return any(fields[4] == str(self.mountpoint) for fields in mounts.mountinfo())
 
     def processes(self) -> list[int]:
         return mounts._processes(self.runtime)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.backends.nbd_servers import NbdServer, qemu_nbd, wait_until
 from tests.conftest import Mounter
-from tests.mounts import HealfsMount, Status
+from tests.mounts import HealfsMount, Status, mountinfo
 from tests.vm.conftest import Boot
 from tests.vm.guest import Bus, Guest
 from tests.vm.network import Network
@@ -292,8 +292,7 @@ def test_guest_notices_when_the_policy_says_report(
 def assert_nothing_left(mount: HealfsMount, mounter: Mounter, source: str) -> None:
     """It is unmounted without force; no mount, process, socket or lock of it is left."""
     mount.umount()
-    mounted = Path("/proc/self/mountinfo").read_text().split()
-    assert str(mount.mountpoint) not in mounted
+    assert str(mount.mountpoint) not in [fields[4] for fields in mountinfo()]
     assert mount.processes() == []
     # What is kept for reading afterwards: healfs events, and the log.
     assert {path.name for path in mount.runtime.iterdir()} <= {"events", "log"}
