@@ -11,11 +11,11 @@ import errno as e
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from struct import Struct, unpack
+from struct import Struct
 from typing import Any
 
 from healfs.backends.nbd_frames import Reply, request
-from healfs.backends.nbd_protocol import STRING_MAX, Buffer, ProtocolError
+from healfs.backends.nbd_protocol import Buffer, ProtocolError
 
 SIMPLE_REPLY = 0x67446698
 STRUCTURED_REPLY = 0x668E33EF
@@ -44,8 +44,8 @@ STATE_HOLE = 1
 STATE_ZERO = 2
 
 BLOCK_STATUS_MAX = 64 << 10  # bytes of one chunk; we ask with REQ_ONE, which needs 12
-PIECES_MAX = 4096  # of one read, apart from each other: each costs a search and a move
-ERROR_CHUNK_MAX = 6 + STRING_MAX + 8
+PIECES_MAX = 4096  # of one read, apart from each other, each a search and a move; errors, too
+ERROR_CHUNK_MAX = 6 + 0xFFFF + 8  # what its fields can say; the text is skipped, however long
 
 _U32 = Struct(">I")
 _U64 = Struct(">Q")
@@ -57,6 +57,10 @@ _EXTENT = Struct(">II")
 ERRORS = frozenset(
     (e.EPERM, e.EIO, e.ENOMEM, e.EINVAL, e.ENOSPC, e.EOVERFLOW, e.EOPNOTSUPP, e.ESHUTDOWN)
 )
+# Nor is it the guest's fault where every server can do what was asked: a server that came back
+# with another size says so, and qemu-nbd of any error it has no word for.
+_NO_REFUSAL = frozenset((e.EINVAL, e.EOVERFLOW, e.EOPNOTSUPP))
+_ALWAYS_POSSIBLE = frozenset((CMD_READ, CMD_WRITE, CMD_FLUSH))
 
 # (context, errno or 0, the bytes of a READ, or the extents of a BLOCK_STATUS, or None); the
 # bytes are valid until the call returns.
@@ -109,6 +113,7 @@ class Assembly:
     """A structured reply of which not all chunks have come."""
 
     errno: int = 0
+    errors: int = 0
     data: bytearray | None = None
     starts: list[int] = field(default_factory=list)  # covered ranges, in order, not touching
     ends: list[int] = field(default_factory=list)
@@ -236,17 +241,16 @@ class Transmission:
         after = pos + 16
         if command.assembly is not None:
             raise ProtocolError("a simple reply among structured chunks")
-        if command.type == CMD_READ or command.type == CMD_BLOCK_STATUS:
+        if (command.type == CMD_READ or command.type == CMD_BLOCK_STATUS) and not error:
             if self._structured:
                 raise ProtocolError("a simple reply where a structured one was agreed on")
-            if not error:
-                after += command.length
-                if after > end:
-                    self.missing = after - end
-                    return pos
-                data = view[pos + 16 : after]
+            after += command.length
+            if after > end:
+                self.missing = after - end
+                return pos
+            data = view[pos + 16 : after]
         del self.pending[cookie]
-        command.complete(command.context, _errno(error) if error else 0, data)
+        command.complete(command.context, _errno(command, error) if error else 0, data)
         return after
 
     def _chunk(
@@ -265,7 +269,10 @@ class Transmission:
             if not done:
                 raise ProtocolError("an empty chunk that is not the last")
         elif kind & CHUNK_IS_ERROR:
-            reply.errno = reply.errno or _error_chunk(command, kind, payload)
+            reply.errors += 1
+            if reply.errors > PIECES_MAX:
+                raise ProtocolError("errors without end")
+            reply.errno = reply.errno or _error_chunk(command, payload)
         elif kind == CHUNK_BLOCK_STATUS:
             self._block_status(command, reply, payload)
         else:
@@ -289,18 +296,18 @@ class Transmission:
         reply.data = bytearray(payload[4:])
 
 
-def _errno(error: int) -> int:
-    return error if error in ERRORS else e.EIO
+def _errno(command: Command, error: int) -> int:
+    if error not in ERRORS or (error in _NO_REFUSAL and command.type in _ALWAYS_POSSIBLE):
+        return e.EIO
+    return error
 
 
 def _check_length(command: Command, kind: int, length: int) -> None:
     """Judge a chunk before its payload is waited for, so that no server can fill our memory."""
     if kind == CHUNK_NONE:
         good = length == 0
-    elif kind == CHUNK_ERROR_OFFSET:
-        good = 14 <= length <= ERROR_CHUNK_MAX
     elif kind & CHUNK_IS_ERROR:
-        good = 6 <= length <= ERROR_CHUNK_MAX
+        good = length <= ERROR_CHUNK_MAX
     elif kind == CHUNK_OFFSET_DATA:
         good = command.type == CMD_READ and 8 < length <= command.length + 8
     elif kind == CHUNK_OFFSET_HOLE:
@@ -314,16 +321,10 @@ def _check_length(command: Command, kind: int, length: int) -> None:
         raise ProtocolError(f"chunk type {kind}, {length} bytes, to command {command.type}")
 
 
-def _error_chunk(command: Command, kind: int, payload: memoryview) -> int:
-    error, size = unpack(">IH", payload[:6])
-    fixed = 14 if kind == CHUNK_ERROR_OFFSET else 6
-    if not error or size > len(payload) - fixed:
-        raise ProtocolError("a malformed error chunk")
-    if kind == CHUNK_ERROR_OFFSET:
-        offset = _U64.unpack_from(payload, 6 + size)[0]
-        if not command.offset <= offset < command.offset + max(command.length, 1):
-            raise ProtocolError("an error at a place that was not asked for")
-    return _errno(error)
+def _error_chunk(command: Command, payload: memoryview) -> int:
+    """Of any type: all begin with the error. Whatever else is wrong in it, the request has failed,
+    and where the next reply begins is certain; to end the connection would fail all the others."""
+    return _errno(command, _U32.unpack_from(payload)[0] if len(payload) >= 4 else 0)
 
 
 def _content(command: Command, reply: Assembly, kind: int, payload: memoryview) -> None:

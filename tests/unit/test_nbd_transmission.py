@@ -15,6 +15,7 @@ from healfs.backends import nbd_transmission as wire
 from healfs.backends.nbd_frames import REQUEST
 from healfs.backends.nbd_protocol import ProtocolError
 from healfs.backends.nbd_transmission import PIECES_MAX, Assembly, Command, Transmission
+from healfs.core.errors import ErrorClass, classify
 
 CONTEXT = 7
 AT = 1 << 40
@@ -171,11 +172,18 @@ def test_simple_replies(structured: bool) -> None:
 
 @pytest.mark.parametrize("value", sorted(wire.ERRORS))
 def test_every_error_of_the_specification(value: int) -> None:
+    """READ, WRITE and FLUSH every server can do, and what we ask fits: what sounds like a fault of
+    the request is the server's complaint."""
     session = Session()
-    session.ask(wire.CMD_WRITE, AT, 8)
-    session.ask(wire.CMD_READ, AT, 8)
+    for type in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
+        session.ask(type, AT, 8)
+    for type in (wire.CMD_READ, wire.CMD_WRITE, wire.CMD_FLUSH):
+        session.ask(type, AT, 8 * (type != wire.CMD_FLUSH))
     session.get(simple(1, value) + error(2, value, b"with a message"))
-    assert [answer[1] for answer in session.answers] == [value, value]
+    session.get(error(3, value) + error_at(4, value, 0) + simple(5, value))
+    no_refusal = errno.EIO if classify(value) is ErrorClass.REFUSED else value
+    assert [answer[1] for answer in session.answers] == [value] * 2 + [no_refusal] * 3
+    assert (no_refusal != value) is (value in (errno.EINVAL, errno.EOVERFLOW, errno.EOPNOTSUPP))
 
 
 @pytest.mark.parametrize("value", [2, 30, 122, 1 << 31])
@@ -191,6 +199,30 @@ def test_an_unknown_error_chunk_is_an_error() -> None:
     session.ask(wire.CMD_READ, AT, 8)
     session.get(chunk(1, (1 << 15) + 99, pack(">IH", errno.ENOMEM, 2) + b"no, and more"))
     assert session.answers == [(0, errno.ENOMEM, None)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (error(1, 0), errno.EIO),
+        (error_at(1, errno.ENOSPC, 8), errno.ENOSPC),
+        (error_at(1, errno.ENOSPC, -1), errno.ENOSPC),
+        (chunk(1, wire.CHUNK_ERROR), errno.EIO),
+        (chunk(1, wire.CHUNK_ERROR, bytes(5)), errno.EIO),
+        (chunk(1, wire.CHUNK_ERROR, pack(">IH", errno.ENOSPC, 3) + b"no"), errno.ENOSPC),
+        (chunk(1, wire.CHUNK_ERROR, pack(">IH", errno.ENOSPC, 1) + b"no"), errno.ENOSPC),
+        (chunk(1, wire.CHUNK_ERROR_OFFSET, pack(">IH", errno.ENOSPC, 0) + b"x"), errno.ENOSPC),
+        (error(1, errno.ENOSPC, b"x" * 0xFFFF), errno.ENOSPC),
+        (simple(1, errno.ENOSPC), errno.ENOSPC),
+    ],
+)
+def test_what_is_wrong_in_an_error_ends_no_connection(reply: bytes, expected: int) -> None:
+    """The request has failed in any case, and the next reply is found."""
+    session = Session()
+    session.ask(wire.CMD_READ, AT, 8)
+    session.ask(wire.CMD_READ, AT, 8)
+    session.get(reply + data(2, 0, b"x" * 8))
+    assert session.answers == [(0, expected, None), (1, 0, b"x" * 8)]
 
 
 def test_the_first_error_counts_and_bytes_may_come_with_it() -> None:
@@ -237,8 +269,8 @@ ONE = wire.CMD_FLAG_REQ_ONE
         (R, 0, data(2, 0, b"x" * 8)),
         (R, 0, data(1, 0, b"x" * 8) + chunk(1, wire.CHUNK_NONE)),
         (R, 0, simple(1, 0, bytes(8))),
-        (R, 0, simple(1, errno.EIO)),
         (R, 0, data(1, 0, b"abcd", False) + simple(1)),
+        (R, 0, data(1, 0, b"abcd", False) + simple(1, errno.EIO)),
         (R, 0, data(1, 1, b"x" * 8)),
         (R, 0, data(1, -1, b"x" * 8)),
         (R, 0, data(1, 4, b"x" * 5)),
@@ -261,13 +293,7 @@ ONE = wire.CMD_FLAG_REQ_ONE
         (R, 0, chunk(1, 3, bytes(8))),
         (R, 0, chunk(1, 6, bytes(8))),
         (R, 0, status(1, (8, 0))),
-        (R, 0, error(1, 0)),
-        (R, 0, error_at(1, errno.EIO, 8)),
-        (R, 0, error_at(1, errno.EIO, -1)),
-        (R, 0, chunk(1, wire.CHUNK_ERROR, bytes(5))),
-        (R, 0, chunk(1, wire.CHUNK_ERROR, pack(">IH", 5, 3) + b"no")),
-        (R, 0, chunk(1, wire.CHUNK_ERROR_OFFSET, pack(">IH", 5, 0) + bytes(7))),
-        (R, 0, error(1, 5, bytes(wire.ERROR_CHUNK_MAX))[:20]),
+        (R, 0, chunk(1, wire.CHUNK_ERROR, bytes(wire.ERROR_CHUNK_MAX + 1))[:20]),
         (wire.CMD_FLUSH, 0, data(1, 0, b"x")),
         (wire.CMD_WRITE, 0, status(1, (8, 0))),
         (S, 0, simple(1)),
@@ -333,3 +359,12 @@ def test_a_read_may_not_come_in_more_pieces_than_anybody_makes_of_it() -> None:
     assembly.cover(2 * PIECES_MAX + 1, 2 * PIECES_MAX + 2)  # touches one
     with pytest.raises(ProtocolError):
         assembly.cover(0, 1)
+
+
+def test_a_reply_does_not_go_on_for_ever_with_errors() -> None:
+    """They bring nothing, and would pass for a sign of life."""
+    session = Session()
+    session.ask(wire.CMD_READ, AT, 8)
+    session.get(error(1, errno.EIO, done=False) * PIECES_MAX)
+    with pytest.raises(ProtocolError):
+        session.get(error(1, errno.EIO, done=False))
