@@ -70,6 +70,7 @@ bench: setup ## a table of ratios beside qemu-storage-daemon and nbdfuse
 	$(BIN)/python -m tests.bench
 
 man: ## the manual pages, in build/man: man -M build/man healfs
+	tests/setup/packages man
 	rm -rf build/man
 	mkdir -p build/man/man1 build/man/man5 build/man/man7 build/man/man8
 	for page in $(PAGES); do \

@@ -80,7 +80,7 @@ def test_what_is_named_in_the_text_exists(page: Path) -> None:
             assert (ROOT / span).exists(), span
 
 
-@pytest.mark.parametrize("group", ["run", "guest"])
+@pytest.mark.parametrize("group", ["run", "man", "guest"])
 def test_the_packages_are_those_that_make_asks_for(group: str) -> None:
     script = (ROOT / "tests/setup/packages").read_text()
     found = re.search(rf"^{group}=\(([^)]*)\)", script, re.MULTILINE)
