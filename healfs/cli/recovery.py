@@ -52,7 +52,8 @@ def accept(mountpoint: str, replay: bool, drop: bool) -> None:
     if now.get("state") == "mismatch":
         raise CliError(
             f"{mount.mountpoint}: not accepted: {now.get('reason')};"
-            " bring the right disk back, or one that is no smaller, and accept that"
+            " bring the right disk back, or one that is no smaller and takes blocks as small,"
+            " and accept that"
         )
     done = "the write log is written to it" if replay else "the write log was thrown away"
     _say(mount, f"accepted; {done}; {now.get('state')}")

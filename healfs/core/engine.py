@@ -711,7 +711,13 @@ class Engine:
                 self.size = size
             elif size < self.size:
                 mismatch = mismatch or f"it has {size} bytes, the disk {self.size}"
-            accepted = mismatch != "" and mismatch == self._accept and size >= self.size
+            # What waits is ordered by smaller blocks: two writes into one of these would be two
+            # read, modify, writes of it side by side.
+            coarser = self._ever_connected and align > self.align
+            if coarser:
+                mismatch = mismatch or f"its minimum block is {align} bytes, was {self.align}"
+            fits = size >= self.size and not coarser
+            accepted = mismatch != "" and mismatch == self._accept and fits
             self._accept = ""
             if mismatch and not accepted:
                 self._connected_to_another(mismatch)

@@ -476,6 +476,20 @@ def test_a_disk_that_is_smaller_is_never_accepted(other):
     assert other.state == "mismatch" and not other.pieces
 
 
+@pytest.mark.parametrize("mismatch", ["its minimum_block is '8192', was '1'", ""])
+def test_a_disk_with_larger_blocks_is_never_accepted(other, mismatch):
+    """What is parked would not fit: it is ordered by the blocks that the disk had."""
+    for _ in range(2):
+        other.back(align=8192, mismatch=mismatch)
+        assert other.state == "mismatch" and not other.pieces
+        other.engine.accept(replay=True)
+    assert "8192" in other.told("HEALFS_MISMATCH")[-1]["reason"]
+    other.back(mismatch="its blocks are as small")
+    other.engine.accept(replay=True)
+    other.back(mismatch="its blocks are as small")
+    assert other.replayed() == [(Kind.WRITE, 0, 1)]
+
+
 # --- many requests ------------------------------------------------------------------------------
 
 
