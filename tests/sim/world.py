@@ -323,7 +323,10 @@ class World:
             self.server.accept()
             self._linked = True
             self.engine.connected(
-                self.plan.sectors * SECTOR, mismatch="another disk", **self._geometry
+                self.plan.sectors * SECTOR,
+                align=SECTOR,
+                mismatch="another disk",
+                **self._geometry,
             )
         else:
             session = self.server.accept()
