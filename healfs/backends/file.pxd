@@ -19,6 +19,8 @@ cdef _Transfer _transfer(long long opcode, long long fd, Request request, object
 cdef class _Session:
     cdef public bint blocked
     cdef public long long fd
+    cdef public long long flush_fd
+    cdef public list fds
     cdef long long _alignment
     cdef public Pool _pool
     cdef object _deferred

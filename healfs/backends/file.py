@@ -15,17 +15,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import trio
 
-from healfs.backends import opening, probing
+from healfs.backends import looks, opening, probing
 from healfs.backends.base import Backend, Extent, Geometry, Polled, SourceError
 from healfs.backends.buffers import Buffer, Pool
+from healfs.backends.looks import Looks
 from healfs.backends.syscalls import address_of
 from healfs.backends.threads import ThreadPool
 from healfs.backends.uring import (
@@ -47,7 +46,6 @@ BUFFER_LIMIT = 64 << 20  # bytes of read buffers
 CONNECT_TIMEOUT = 10.0  # seconds
 CLOSE_TIMEOUT = 2.0  # seconds
 ROUNDS = 8  # of submit and reap before other tasks get their turn
-MAXIMUM_EXTENTS = 1024  # runs in one answer of extents()
 
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
@@ -90,10 +88,12 @@ def _transfer(opcode: int, fd: int, request: Request, done: Done) -> _Transfer:
 
 
 class _Session:
-    """One open file description and what was submitted on it."""
+    """One opened file and what was submitted on it."""
 
     def __init__(self, opened: opening.Opened, make: Callable[[_Session], Queue]) -> None:
         self.fd = opened.fd
+        self.flush_fd = opened.flush_fd
+        self.fds = opened.fds
         self._alignment = opened.geometry.minimum_block if opened.direct else 1
         self._pool = Pool(BUFFER_LIMIT)
         self._deferred: deque[tuple[Request, Done]] = deque()  # for want of a buffer
@@ -117,7 +117,7 @@ class _Session:
         elif kind is WRITE:
             self._write(request, done)
         elif kind is FLUSH:
-            self._flush(request, done)
+            self._flush(self.flush_fd, request, done)
         elif not request.length:
             self._answers.append((request, done, 0))
         else:
@@ -163,8 +163,8 @@ class _Session:
             transfer.flags = RWF_DSYNC
         self._push(transfer)
 
-    def _flush(self, request: Request, done: Done) -> None:
-        transfer = _transfer(IORING_OP_FSYNC, self.fd, request, done)
+    def _flush(self, fd: int, request: Request, done: Done) -> None:
+        transfer = _transfer(IORING_OP_FSYNC, fd, request, done)
         transfer.offset = transfer.length = 0
         transfer.flags = IORING_FSYNC_DATASYNC
         self._push(transfer)
@@ -198,7 +198,7 @@ class _Session:
                 return
         elif transfer.opcode == IORING_OP_FALLOCATE:
             if request.fua:
-                self._flush(request, transfer.done)
+                self._flush(self.fd, request, transfer.done)
                 return
         elif result < transfer.length:
             if self._go_on(transfer, result):
@@ -310,9 +310,6 @@ class _Session:
         self.queue.close()
 
 
-T = TypeVar("T")
-
-
 class FileBackend(Backend):
     """A regular file or block device at `path`.
 
@@ -337,16 +334,17 @@ class FileBackend(Backend):
         self.source = path
         self._path = os.path.abspath(path)
         self._read_only = read_only
-        self._create = create
+        self._create = None if create is None else opening.Creation(create)
         self._use_uring = use_uring
         self._wait_for_lock = wait_for_lock
         self._connected_before = False
         self._size = 0  # when it was opened last
         self._session: _Session | None = None
         self._retired: list[_Session] = []
+        self._old: list[int] = []  # descriptors for the next attempt's thread to close
         # One: the next attempt waits until the thread of an abandoned one has ended.
         self._limiter = trio.CapacityLimiter(1)
-        self._extents_limiter = trio.CapacityLimiter(2)
+        self._looks = Looks(self._old.append)
 
     def resumed(self) -> None:
         self._connected_before = True
@@ -367,7 +365,7 @@ class FileBackend(Backend):
         try:
             self._session, notes = self._start_session(opened)
         except BaseException:
-            os.close(opened.fd)  # with its locks, which would keep out the next attempt
+            self._old += opened.fds
             raise
         self._connected_before = True
         self._size = opened.geometry.size
@@ -395,9 +393,9 @@ class FileBackend(Backend):
         return _Session(opened, lambda s: ThreadPool(s.complete)), (note,)
 
     async def _drain(self) -> None:
-        for session in self._retired:
-            if session.fd >= 0:
-                await session.drained()
+        while self._retired:
+            await self._retired[0].drained()
+            self._old += self._retired.pop(0).fds
 
     async def _open(self) -> opening.Opened:
         attempt = opening.Attempt(
@@ -405,20 +403,22 @@ class FileBackend(Backend):
             read_only=self._read_only,
             create=self._create,
             wait_for_lock=self._wait_for_lock or self._connected_before,
-            old=[session.fd for session in self._retired],
+            old=self._take_old(),
         )
         try:
             opened = await trio.to_thread.run_sync(
                 attempt.run, abandon_on_cancel=True, limiter=self._limiter
             )
         except BaseException:
-            attempt.abandon()
+            self._old += attempt.abandon()
             raise
-        finally:
-            if attempt.started:  # their descriptors are the attempt's now
-                self._retired.clear()
         self._create = None
         return opened
+
+    def _take_old(self) -> list[int]:
+        taken = self._old[:]
+        self._old.clear()
+        return taken
 
     async def serve(self) -> OSError:
         if self._session is None:
@@ -449,77 +449,27 @@ class FileBackend(Backend):
         if self._session is None:
             return "not connected"
         look = partial(probing.probe, self._path, size=self._size, read_only=self._read_only)
-        with trio.move_on_after(CONNECT_TIMEOUT):
-            return await self._look(look)
-        return "the storage does not answer"
-
-    async def _look(self, look: Callable[[int], T]) -> T:
-        """Call look(fd) in a thread, with a descriptor of its own: the session's may be closed
-        before the thread is done, and the storage may never answer."""
-        assert self._session is not None
-        borrowed = _Borrowed(self._session.fd)
         try:
-            return await trio.to_thread.run_sync(
-                borrowed.use, look, abandon_on_cancel=True, limiter=self._extents_limiter
-            )
-        finally:
-            borrowed.give_up()
+            with trio.move_on_after(CONNECT_TIMEOUT):
+                return await self._looks.look(self._session.fd, look)
+        except OSError as error:  # for want of a descriptor: nobody knows, so it is waited for
+            return f"it cannot be looked at: {error.strerror}"
+        return "the storage does not answer"
 
     async def extents(self, offset: int, length: int) -> list[Extent] | None:
         if self._session is None:
             return None
-        return await self._look(lambda fd: _extents(fd, offset, length))
+        try:
+            return await self._looks.look(
+                self._session.fd, partial(looks.extents, offset=offset, length=length)
+            )
+        except OSError:
+            return None
 
     async def aclose(self) -> None:
         self.close()
         with trio.move_on_after(CLOSE_TIMEOUT):
             await self._drain()
-            fds = [session.fd for session in self._retired]
-            self._retired.clear()
             await trio.to_thread.run_sync(
-                opening.close_all, fds, abandon_on_cancel=True, limiter=self._limiter
+                opening.close_all, self._take_old(), abandon_on_cancel=True, limiter=self._limiter
             )
-
-
-class _Borrowed:
-    """A duplicate of a descriptor for one call in a thread, which may never get to run."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = os.dup(fd)
-        self._taken = threading.Lock()  # by the thread that closes it
-
-    def use(self, look: Callable[[int], T]) -> T:
-        if not self._taken.acquire(blocking=False):
-            raise OSError(errno.ECANCELED, "nobody waits for it any more")
-        try:
-            return look(self._fd)
-        finally:
-            os.close(self._fd)
-
-    def give_up(self) -> None:
-        """If the thread has not begun, it never will."""
-        if self._taken.acquire(blocking=False):
-            os.close(self._fd)
-
-
-def _extents(fd: int, offset: int, length: int) -> list[Extent] | None:
-    """SEEK_DATA and SEEK_HOLE of the range. They move the file offset, which nobody uses."""
-    runs: list[Extent] = []
-    end = offset + length
-    try:
-        while offset < end and len(runs) < MAXIMUM_EXTENTS:
-            try:
-                data = os.lseek(fd, offset, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:  # else: a hole up to the end
-                    return None
-                data = end
-            if data > offset:
-                runs.append(Extent(offset, min(data, end) - offset, True))
-            else:
-                hole = min(os.lseek(fd, offset, os.SEEK_HOLE), end)
-                runs.append(Extent(offset, hole - offset, False))
-            offset += runs[-1].length
-    except OSError:
-        return None
-    return runs

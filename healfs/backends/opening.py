@@ -21,6 +21,7 @@ FALLOC_FL_KEEP_SIZE_PUNCH_HOLE = 0x03
 # linux/magic.h: EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC; statfs(2): f_type
 EXT4, XFS, BTRFS = 0xEF53, 0x58465342, 0x9123683E
 NONBLOCKING = (EXT4, XFS, BTRFS)
+FUSE = 0x65735546  # FUSE_SUPER_MAGIC
 STATFS_SIZE = 256  # struct statfs is at most 120
 MAX_HANDLE_SZ = 128  # linux/exportfs.h
 
@@ -41,15 +42,22 @@ _WRONG = {
     errno.EBUSY: "{path} is in use (mounted, or held by another program); end that first",
     errno.ETXTBSY: "{path} is in use as a program or swap; end that first",
 }
+# Says nothing of the storage: the old descriptors, and their locks, are kept for the next attempt.
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
     fd: int
+    flush_fd: int  # for FLUSH alone; see _flush_description
     direct: bool  # opened with O_DIRECT
     nonblocking: bool  # on a file system whose RWF_NOWAIT holds, as far as that goes
     waits_to_write: bool  # but for writes, which it does not take with RWF_NOWAIT at all
     geometry: Geometry
+
+    @property
+    def fds(self) -> list[int]:
+        return list({self.fd, self.flush_fd})
 
     def described(self, notes: tuple[str, ...]) -> Geometry:
         return replace(self.geometry, notes=self.geometry.notes + notes)
@@ -64,10 +72,18 @@ def close_all(fds: Iterable[int]) -> None:
             pass  # a write error of the page cache: the engine has its own flush
 
 
+class Creation:
+    """--create: a file of `size` bytes. What one attempt has made is the next one's to use."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.made: tuple[int, int] | None = None  # device and inode
+
+
 class Attempt:
     """One attempt to open `path`, in a thread that the loop may have to abandon.
 
-    `old` are the descriptors of sessions whose operations have ended; they are closed.
+    `old` are descriptors that nothing is done on any more; they are closed.
     """
 
     def __init__(
@@ -75,7 +91,7 @@ class Attempt:
         path: str,
         *,
         read_only: bool,
-        create: int | None,
+        create: Creation | None,
         wait_for_lock: bool,
         old: list[int],
     ) -> None:
@@ -85,8 +101,7 @@ class Attempt:
         self._wait_for_lock = wait_for_lock
         self._old = old
         self._lock = threading.Lock()
-        self._abandoned = False
-        self.started = False  # whether the old descriptors are in our hands
+        self._started = self._abandoned = self._ended = False
         self._opened: Opened | None = None
         self._notes: list[str] = []
 
@@ -95,28 +110,37 @@ class Attempt:
         with self._lock:  # who gives it up sees whether it has begun
             if self._abandoned:
                 raise OSError(errno.ETIMEDOUT, "too late")
-            self.started = True
+            self._started = True
+        opened = None
         try:
             opened = self._open()
+            self._close_old()
         except SourceError:
+            self._close_old()
             raise
         except OSError as error:
+            if error.errno not in _OURS:
+                self._close_old()
             raise self._explained(error) from None
         finally:
-            self._close_old()
-        with self._lock:
-            if self._abandoned:
-                close_all([opened.fd])
-                raise OSError(errno.ETIMEDOUT, "too late")
-            self._opened = opened
+            self._end(opened)
         return opened
 
-    def abandon(self) -> None:
-        """Nobody waits for the result: whatever run() opens, or has opened, is closed."""
+    def _end(self, opened: Opened | None) -> None:
+        with self._lock:
+            self._ended, self._opened = True, opened
+            if not self._abandoned:
+                return
+        close_all([*(opened.fds if opened else ()), *self._old])
+
+    def abandon(self) -> list[int]:
+        """Nobody waits for the result. Descriptors that are the caller's now, for a thread to
+        close (close(2) may wait): all of them, unless run() goes on; then it closes them."""
         with self._lock:
             self._abandoned = True
-            if self._opened is not None:
-                os.close(self._opened.fd)
+            if self._started and not self._ended:
+                return []
+            return [*(self._opened.fds if self._opened else ()), *self._old]
 
     def _explained(self, error: OSError) -> OSError:
         if error.errno not in _WRONG:
@@ -132,50 +156,74 @@ class Attempt:
         self._old = []
 
     def _open(self) -> Opened:
-        fd = -1
+        fds: list[int] = []
         try:
             if self._create is not None:
-                fd = self._make(self._create)
+                fds.append(self._make(self._create))
                 block = False
             else:
                 block = self._is_block_device(os.stat(self._path))
                 if block:
                     self._close_old()  # O_EXCL excludes our own
-                fd = os.open(self._path, self._flags(block))
-            self._exclude_others(fd)
-            return self._describe(fd, block)
+                fds.append(os.open(self._path, self._flags(block)))
+            file_system = 0 if block else _file_system(fds[0])
+            if not block and not self._read_only and file_system != FUSE:
+                fds.append(self._flush_description(fds[0]))
+            self._exclude_others(fds[0])
+            return self._describe(fds, block, file_system)
         except BaseException:
-            if fd >= 0:
-                os.close(fd)
+            close_all(fds)
             raise
+
+    def _flush_description(self, fd: int) -> int:
+        """Linux tells each open file description once of a page that could not be written, at
+        the next fsync(2), write(2) with RWF_DSYNC, or (NFS, no space) any write(2) on it. One that
+        nothing but FLUSH is done on tells FLUSH. It needs no locks: a late fsync changes no byte.
+        Not on FUSE, where a server may flush what came by the same description only.
+        """
+        return os.open(f"/proc/self/fd/{fd}", self._flags(False))
 
     def _flags(self, block: bool) -> int:
         flags = os.O_CLOEXEC | (os.O_RDONLY if self._read_only else os.O_RDWR)
         return flags | os.O_DIRECT | os.O_EXCL if block else flags
 
-    def _make(self, size: int) -> int:
+    def _make(self, create: Creation) -> int:
+        size = create.size
         if size <= 0:
             raise SourceError("a disk of 0 bytes is none; --create takes a size such as 10G")
+        flags = os.O_CLOEXEC | os.O_RDWR
         try:
-            fd = os.open(self._path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            fd = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            raise SourceError(
-                f"{self._path} exists; leave out --create to use it", errno.EEXIST
-            ) from None
+            fd = self._made_before(create, flags)
         except FileNotFoundError:
             raise SourceError(
                 f"no such directory: {os.path.dirname(self._path)}", errno.ENOENT
             ) from None
         try:
-            os.ftruncate(fd, size)
+            status = os.fstat(fd)
+            create.made = status.st_dev, status.st_ino
+            if status.st_size < size:
+                os.ftruncate(fd, size)
         except OSError as error:
+            create.made = None
             os.unlink(self._path)
-            os.close(fd)
+            close_all([fd])
             raise SourceError(
                 f"cannot make {self._path} of {size} bytes: {error.strerror}",
                 error.errno or errno.EIO,
             ) from None
         return fd
+
+    def _made_before(self, create: Creation, flags: int) -> int:
+        """By an attempt that was given up, or failed, after it had made it."""
+        if create.made is not None:
+            fd = os.open(self._path, flags)
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) == create.made:
+                return fd
+            os.close(fd)
+        raise SourceError(f"{self._path} exists; leave out --create to use it", errno.EEXIST)
 
     def _is_block_device(self, status: os.stat_result) -> bool:
         mode = status.st_mode
@@ -210,7 +258,8 @@ class Attempt:
             raise OSError(errno.EAGAIN, text)
         raise SourceError(text, errno.EBUSY)
 
-    def _describe(self, fd: int, block: bool) -> Opened:
+    def _describe(self, fds: list[int], block: bool, file_system: int) -> Opened:
+        fd = fds[0]
         status = os.fstat(fd)
         if block:
             (size,) = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
@@ -241,10 +290,9 @@ class Attempt:
             identity=identity,
             notes=tuple(self._notes),
         )
-        file_system = 0 if block else _file_system(fd)
         nonblocking = block or file_system in NONBLOCKING
         waits_to_write = file_system == EXT4 and not self._read_only
-        return Opened(fd, block, nonblocking, waits_to_write, geometry)
+        return Opened(fd, fds[-1], block, nonblocking, waits_to_write, geometry)
 
 
 def _file_system(fd: int) -> int:

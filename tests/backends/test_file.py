@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -10,13 +11,14 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
 from healfs.backends import file as file_module
-from healfs.backends import opening
+from healfs.backends import looks, opening
 from healfs.backends.base import SourceError
 from healfs.backends.buffers import Pool
 from healfs.backends.file import FileBackend
@@ -445,16 +447,176 @@ async def test_a_descriptor_that_no_session_could_be_made_of_locks_nobody_out(
     await backend.aclose()
 
 
+def attempt(path: Path, old: list[int], create: opening.Creation | None = None) -> opening.Attempt:
+    return opening.Attempt(str(path), read_only=False, create=create, wait_for_lock=False, old=old)
+
+
 async def test_an_attempt_that_was_given_up_before_it_began_closes_nothing(image: Path) -> None:
     """The descriptors that it was to close are the next attempt's to close, once."""
     old = os.open(image, os.O_RDONLY)
-    late = opening.Attempt(str(image), read_only=False, create=None, wait_for_lock=False, old=[old])
-    late.abandon()
-    assert not late.started
+    late = attempt(image, [old])
+    assert late.abandon() == [old]
     with pytest.raises(OSError) as caught:
         late.run()
-    assert caught.value.errno == errno.ETIMEDOUT and not late.started
+    assert caught.value.errno == errno.ETIMEDOUT
     os.close(old)  # EBADF, if it had
+
+
+async def test_what_an_attempt_opened_for_nobody_is_left_to_a_thread(image: Path) -> None:
+    """close(2) on NFS waits for the server; the loop may not."""
+    late = attempt(image, [])
+    opened = late.run()
+    assert sorted(late.abandon()) == sorted(opened.fds)
+    opening.close_all(opened.fds)
+
+
+async def test_for_want_of_descriptors_no_lock_is_lost(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FileBackend(str(image))
+    await backend.connect()
+    backend.close()
+    real = os.open
+
+    def none_left(path: str, *arguments: int, **named: int) -> int:
+        if str(path).startswith(failing):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, *arguments, **named)
+
+    # The file itself, and the description for flushes.
+    for prefix in str(image), "/proc/self/fd/":
+        failing = prefix
+        with monkeypatch.context() as short:
+            short.setattr(os, "open", none_left)
+            counts = set()
+            for _ in range(3):
+                with pytest.raises(OSError) as caught:
+                    await backend.connect()
+                assert caught.value.errno == errno.EMFILE
+                counts.add(len(os.listdir("/proc/self/fd")))
+            assert len(counts) == 1
+        assert "in use" in await refused(FileBackend(str(image)))
+    await backend.connect()
+    await backend.aclose()
+
+
+async def test_a_look_that_finds_no_descriptor_is_waited_for(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(fd: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    backend = FileBackend(str(image))
+    await backend.connect()
+    with monkeypatch.context() as short:
+        short.setattr(os, "dup", none_left)
+        assert await backend.probe() == "it cannot be looked at: Too many open files"
+        assert await backend.extents(0, 4096) is None
+    assert await backend.probe() == ""
+    await backend.aclose()
+
+
+async def test_the_loop_closes_nothing_that_may_wait(image: Path) -> None:
+    """A look that finds all threads in a storage that hangs: its descriptor is a thread's."""
+    left: list[int] = []
+    hold = threading.Event()
+    all_in = threading.Barrier(looks.THREADS + 1)
+
+    def hang(_: int) -> None:
+        all_in.wait(DEADLINE)
+        hold.wait(DEADLINE)
+
+    some = looks.Looks(left.append)
+    fd = os.open(image, os.O_RDONLY)
+    async with trio.open_nursery() as nursery:
+        for _ in range(looks.THREADS):
+            nursery.start_soon(some.look, fd, hang)
+        await trio.to_thread.run_sync(all_in.wait, DEADLINE)
+        with trio.move_on_after(0.01):
+            await some.look(fd, os.fstat)
+        assert len(left) == 1
+        opening.close_all([fd])
+        os.close(left[0])  # EBADF, if it had
+        hold.set()
+
+
+async def test_what_an_attempt_made_is_the_next_ones_to_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--create on a storage that answers too late."""
+    path = tmp_path / "new.img"
+    backend = FileBackend(str(path), create=1 << 20)
+    real, hold = os.ftruncate, threading.Event()
+
+    def late(fd: int, size: int) -> None:
+        hold.wait(DEADLINE)
+        real(fd, size)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(file_module, "CONNECT_TIMEOUT", 0.2)
+        slow.setattr(os, "ftruncate", late)
+        with pytest.raises(OSError) as caught:
+            await backend.connect()
+        assert caught.value.errno == errno.ETIMEDOUT and path.exists()
+        hold.set()
+    assert (await backend.connect()).size == 1 << 20
+    await backend.aclose()
+    # Not what somebody else has made meanwhile.
+    creation = opening.Creation(1 << 20)
+    creation.made = os.stat(path).st_dev, 1
+    with pytest.raises(SourceError, match="exists; leave out --create"):
+        attempt(path, [], creation).run()
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """ext4 on a loop device over a tmpfs that has no room until `filler` is removed."""
+    below, above = tmp_path / "below", tmp_path / "above"
+    below.mkdir()
+    above.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", below]).returncode:
+        pytest.skip("cannot mount a tmpfs")
+    try:
+        medium, filler = below / "medium", below / "filler"
+        with open(medium, "xb") as file:
+            file.truncate(64 << 20)
+        words = ["mkfs.ext4", "-q", "-O", "^has_journal", "-E", "lazy_itable_init=0", medium]
+        subprocess.run(words, check=True, timeout=60)
+        if subprocess.run(["mount", "-o", "loop", medium, above]).returncode:
+            pytest.skip("cannot mount a loop device")
+        try:
+            with open(above / "disk.img", "xb") as image:
+                image.truncate(1 << 20)
+                os.fsync(image.fileno())
+            subprocess.run(["sync", "-f", above], check=True, timeout=60)
+            with open(filler, "xb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            yield tmp_path
+        finally:
+            filler.unlink(missing_ok=True)
+            subprocess.run(["umount", "--lazy", above], check=True, timeout=60)
+    finally:
+        subprocess.run(["umount", "--lazy", below], check=True, timeout=60)
+
+
+@both_queues
+async def test_a_flush_tells_of_a_write_that_was_lost_whoever_else_was_told(
+    full_disk: Path, use_uring: bool
+) -> None:
+    """The kernel tells each description once; a write with FUA used it up, and the next FLUSH
+    succeeded."""
+    above, filler = full_disk / "above", full_disk / "below/filler"
+    backend = FileBackend(str(above / "disk.img"), use_uring=use_uring)
+    async with connected(backend) as client:
+        await client.write(0, b"a" * 65536)
+        subprocess.run(["sync", "-f", above], timeout=60)  # the pages are clean now, and lost
+        filler.unlink()
+        error, _ = await client.do(make_request(Kind.WRITE, 1 << 19, data=bytes(4096), fua=True))
+        assert error == errno.ENOSPC
+        assert (await client.do(make_request(Kind.FLUSH)))[0] == errno.ENOSPC
+        assert (await client.do(make_request(Kind.FLUSH)))[0] == 0
+    await backend.aclose()
 
 
 async def test_threads_that_cannot_be_started_cost_no_request(
