@@ -36,7 +36,8 @@ _WRONG = {
     errno.EISDIR: "{path} is a directory; name a disk image or a block device",
     errno.EACCES: "no permission to open {path}{writing}",
     errno.EPERM: "no permission to open {path}{writing}",
-    errno.EROFS: "{path} is on a read-only file system; --read-only opens it",
+    errno.EROFS: "{path} is on a read-only file system; --read-only opens it; if it had an "
+    "error: unmount it, fsck, mount it again",
     errno.ELOOP: "too many symbolic links: {path}",
     errno.ENAMETOOLONG: "the name is too long: {path}",
     errno.EBUSY: "{path} is in use (mounted, or held by another program); end that first",

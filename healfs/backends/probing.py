@@ -1,9 +1,9 @@
 """The probe that decides what EIO and EROFS of a file or block device mean.
 
 Either the storage is away (a device that went offline, a file system that was shut down), or this
-one request failed (a bad sector). Four looks, in a thread, for each may wait: is it still the
-same file, does the kernel call the device offline, is it as large as it was, and can anything be
-read?
+one request failed (a bad sector). Looks, in a thread, for each may wait: is it still the same file,
+can it be changed, does the kernel call the device offline, is it as large as it was, and can
+anything be read?
 """
 
 from __future__ import annotations
@@ -31,14 +31,28 @@ def probe(path: str, fd: int, *, size: int, read_only: bool) -> str:
         else:
             if (named.st_ino, named.st_dev) != (opened.st_ino, opened.st_dev):
                 return "another file has taken its name"
-            if not read_only and os.fstatvfs(fd).f_flag & os.ST_RDONLY:
-                return "its file system is read-only now"
+            if not read_only and not _can_change(fd):
+                return "its file system is read-only now: unmount it, fsck, mount it again"
         left = os.lseek(fd, 0, os.SEEK_END)
         if left < size:  # behind it every read is short: only another look at its size helps
             return f"it was cut to {left} bytes"
         return _read_anything(fd, left)
     except OSError as error:
         return f"{os.strerror(error.errno or errno.EIO)}"
+
+
+def _can_change(fd: int) -> bool:
+    """By a new time of its last change: an ext4 that takes no writes after an error does not say
+    so in statvfs(2) (from Linux 6.15 on), and a server's NFS never does."""
+    try:
+        os.utime(fd)
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            return False
+        # Of an owner and of room the requests tell themselves.
+        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EDQUOT):
+            raise
+    return True
 
 
 def disk_state(device: int) -> str:
@@ -57,7 +71,9 @@ def _read_anything(fd: int, size: int) -> str:
     """One readable block is enough: then it is not all of the storage that fails."""
     try:  # past the page cache, which answers for a device that is gone
         fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
         return ""  # no O_DIRECT here; it is the same file, and that is all that can be known
     try:
         return _read_one_of_three(fd, size)
