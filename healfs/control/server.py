@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
@@ -9,6 +10,7 @@ import os
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +22,11 @@ from healfs.control import qmp
 log = logging.getLogger(__name__)
 
 SAID_EVERY = 1.0  # seconds: refusals and drops in the log
+FAIR_SHARE = 4  # connections of one process; who has more makes room before all others
 _READ_SIZE = 4096  # small, so that one client's flood yields to the disk's work often
+# Where thousands connect, the honest one is behind them: these are let in and out fast, a few
+# milliseconds' worth at a time; between two the disk has its turn, and who is connected.
+_ACCEPTED_AT_ONCE, _ACCEPT_PAUSE = 128, 0.01
 
 
 class CommandError(Exception):
@@ -106,10 +112,10 @@ class Limits:
 class _Connection:
     """One client. Replies wait for room in its queue; an event that finds none drops it."""
 
-    def __init__(self, server: ControlServer, stream: trio.SocketStream, peer: Peer) -> None:
+    def __init__(self, server: ControlServer, client: socket.socket, peer: Peer) -> None:
         self._server = server
-        self._stream = stream
-        self._peer = peer
+        self.client = client
+        self.peer = peer
         self._queue, self._unsent = trio.open_memory_channel[bytes](server.limits.output_messages)
         self._scope = trio.CancelScope(
             deadline=trio.current_time() + server.limits.negotiation_seconds
@@ -123,18 +129,19 @@ class _Connection:
         return not self._command_under_way
 
     def drop(self, why: str) -> None:
-        self._server.say(f"pid {self._peer.pid} of uid {self._peer.uid} dropped: {why}")
+        self._server.say(f"pid {self.peer.pid} of uid {self.peer.uid} dropped: {why}")
         self._scope.cancel()
 
     async def run(self) -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(self.client))
         with self._scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write)
+            async with stream, trio.open_nursery() as nursery:
+                nursery.start_soon(self._write, stream)
                 await self._reply(qmp.greeting(self._server.version))
-                await self._read()
+                await self._read(stream)
                 await self._queue.aclose()  # the writer ends when it has sent the rest
         if self._scope.deadline <= trio.current_time():
-            self._server.say(f"pid {self._peer.pid} of uid {self._peer.uid} never negotiated")
+            self._server.say(f"pid {self.peer.pid} of uid {self.peer.uid} never negotiated")
 
     def push(self, line: bytes) -> None:
         """Queue an event."""
@@ -145,20 +152,22 @@ class _Connection:
         except trio.ClosedResourceError:
             pass
 
-    async def _write(self) -> None:
+    async def _write(self, stream: trio.SocketStream) -> None:
         async for line in self._unsent:
             try:
                 with trio.fail_after(self._server.limits.send_seconds):
-                    await self._stream.send_all(line)
+                    await stream.send_all(line)
             except (trio.BrokenResourceError, trio.TooSlowError):
                 self._scope.cancel()
                 return
 
-    async def _read(self) -> None:
+    async def _read(self, stream: trio.SocketStream) -> None:
         splitter = qmp.Splitter()
         try:
-            while data := await self._stream.receive_some(_READ_SIZE):
-                for message in splitter.feed(data):
+            while data := await stream.receive_some(_READ_SIZE):
+                async with self._server.turn:
+                    messages = [*splitter.feed(data)]
+                for message in messages:
                     if isinstance(message, qmp.ProtocolError):
                         await self._reply(qmp.failure(message.desc))
                         if message.fatal:
@@ -178,7 +187,10 @@ class _Connection:
             await self._reply(qmp.failure(exc.desc, of=exc))
             return
         try:
-            value = await self._execute(command)
+            async with self._server.turn:
+                value = self._execute(command)
+            if inspect.isawaitable(value):
+                value = await value
             reply = qmp.encode(qmp.success(value, command))
         except CommandError as exc:
             reply = qmp.encode(qmp.failure(exc.desc, exc.cls, command))
@@ -187,9 +199,14 @@ class _Connection:
             log.exception("control: %s failed", command.name)
             desc = f"internal error in {command.name}: {type(exc).__name__}; see the log"
             reply = qmp.encode(qmp.failure(desc, of=command))
+        finally:
+            if self._command_under_way:
+                self._command_under_way = False
+                self.since = trio.current_time()
         await self._queue.send(reply)
 
-    async def _execute(self, command: qmp.Command) -> Any:
+    def _execute(self, command: qmp.Command) -> Any:
+        """Its value, or what is to be awaited for it."""
         if command.name == "qmp_capabilities":
             return self._negotiate(command.arguments)
         if not self.negotiated:
@@ -203,12 +220,7 @@ class _Connection:
             )
         verb.check(command.arguments)
         self._command_under_way = True
-        try:
-            value = verb.handler(command.arguments, self._peer)
-            return await value if inspect.isawaitable(value) else value
-        finally:
-            self._command_under_way = False
-            self.since = trio.current_time()
+        return verb.handler(command.arguments, self.peer)
 
     def _negotiate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         if self.negotiated:
@@ -248,6 +260,9 @@ class ControlServer:
         self.limits = limits or Limits()
         self._allowed = {0, os.geteuid() if owner is None else owner, *allowed}
         self._connections: set[_Connection] = set()
+        # What a client says is read and done one piece at a time, and the loop goes round between
+        # two: neither the disk nor the listener waits for all of a flood.
+        self.turn = trio.Lock()
         self._said_at, self._unsaid = -math.inf, 0
         self.commands: dict[str, Verb] = {
             **commands,
@@ -272,45 +287,69 @@ class ControlServer:
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve until cancelled. The listening socket stays the caller's."""
-        # A duplicate: trio sets it non-blocking and closes it, the keeper passes it on again.
-        listening = trio.socket.from_stdlib_socket(listener.dup())
-        with listening:
+        # A duplicate: it is closed here, and the keeper passes it on again.
+        with listener.dup() as listening:
+            listening.setblocking(False)
             async with trio.open_nursery() as nursery:
                 while True:
+                    await trio.lowlevel.wait_readable(listening)
+                    came: list[_Connection] = []
                     try:
-                        client, _ = await listening.accept()
+                        pause = self._accept(listening, came)
                     except OSError as exc:  # EMFILE, ENFILE, ENOMEM: passing troubles
                         log.warning("control: accept: %s", exc)
-                        await trio.sleep(0.1)
-                        continue
-                    stream = trio.SocketStream(client)
-                    if (peer := self._admit(client)) is None:
-                        await stream.aclose()
-                        continue
-                    connection = _Connection(self, stream, peer)
-                    self._connections.add(connection)
-                    nursery.start_soon(self._run, connection, stream)
+                        pause = 0.1
+                    for connection in self._find_room(came):
+                        self._connections.add(connection)
+                        nursery.start_soon(self._run, connection)
+                    await trio.sleep(pause)
 
-    async def _run(self, connection: _Connection, stream: trio.SocketStream) -> None:
+    def _accept(self, listening: socket.socket, came: list[_Connection]) -> float:
+        """Add those that wait and may; returns how long the next ones are to wait."""
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                client, _ = listening.accept()
+            except BlockingIOError:
+                return 0.0
+            client.setblocking(False)
+            if peer := self._admit(client):
+                came.append(_Connection(self, client, peer))
+        return _ACCEPT_PAUSE
+
+    def _find_room(self, came: list[_Connection]) -> list[_Connection]:
+        """Those of the new ones that can stay. Where they are too many, what one process has
+        beyond its share makes room first, then who has not negotiated, then who is idle longest."""
+        limit = self.limits.connections
+        if len(self._connections) + len(came) <= limit:
+            return came
+        busy = [connection for connection in self._connections if not connection.droppable]
+        idle = [connection for connection in self._connections if connection.droppable]
+        idle.sort(key=lambda connection: (connection.negotiated, connection.since), reverse=True)
+        count = Counter(connection.peer for connection in busy)
+
+        def share(connection: _Connection) -> int:
+            count[connection.peer] += 1
+            return max(FAIR_SHARE, count[connection.peer])
+
+        staying = sorted((*reversed(came), *idle), key=share)[: max(0, limit - len(busy))]
+        for connection in {*came, *idle}.difference(staying):
+            if not staying:
+                why = f"all {limit} connections have a command under way; try again"
+                self.refuse(connection.client, connection.peer, why)
+                continue
+            connection.drop("idle, and another one came")
+            self._connections.discard(connection)
+            if connection in came:  # not served yet
+                connection.client.close()
+        return [connection for connection in came if connection in staying]
+
+    async def _run(self, connection: _Connection) -> None:
         try:
-            async with stream:
-                await connection.run()
+            await connection.run()
         except Exception:
             log.exception("control: a connection failed")
         finally:
             self._connections.discard(connection)
-
-    def _has_room(self) -> bool:
-        """When there is none, who has not negotiated makes room, else who is idle longest."""
-        if len(self._connections) < self.limits.connections:
-            return True
-        idle = [connection for connection in self._connections if connection.droppable]
-        if not idle:
-            return False
-        last = min(idle, key=lambda connection: (connection.negotiated, connection.since))
-        last.drop("idle, and another one came")
-        self._connections.discard(last)
-        return True
 
     def say(self, text: str) -> None:
         """To the log, but rarely: a client may do a thousand times what is told here."""
@@ -321,20 +360,19 @@ class ControlServer:
         self._said_at, self._unsaid = now, 0
         log.warning("control: %s%s", text, more)
 
-    def _admit(self, client: trio.socket.SocketType) -> Peer | None:
+    def _admit(self, client: socket.socket) -> Peer | None:
         raw = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
         pid, uid, _ = struct.unpack("iII", raw)
-        if uid not in self._allowed:
-            refusal = f"uid {uid} may not: only root, the owner, and whom mount --allow-uid names"
-        elif not self._has_room():
-            limit = self.limits.connections
-            refusal = f"all {limit} connections have a command under way; try again"
-        else:
+        if uid in self._allowed:
             return Peer(uid, pid)
-        self.say(f"pid {pid} of uid {uid} refused: {refusal}")
-        try:
-            # Non-blocking; a new socket's buffer has room for a line.
-            os.write(client.fileno(), qmp.encode(qmp.failure(refusal)))
-        except OSError:
-            pass
+        self.refuse(
+            client,
+            Peer(uid, pid),
+            f"uid {uid} may not: only root, the owner, and whom mount --allow-uid names",
+        )
         return None
+
+    def refuse(self, client: socket.socket, peer: Peer, why: str) -> None:
+        self.say(f"pid {peer.pid} of uid {peer.uid} refused: {why}")
+        with client, contextlib.suppress(OSError):  # a new socket's buffer has room for a line
+            client.send(qmp.encode(qmp.failure(why)))

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from qemu.qmp import ExecuteError, QMPClient
 
 from healfs.control import client, qmp
-from healfs.control.server import Argument, CommandError, ControlServer, Limits, Peer, Verb
+from healfs.control.server import (
+    FAIR_SHARE,
+    Argument,
+    CommandError,
+    ControlServer,
+    Limits,
+    Peer,
+    Verb,
+)
 
 DEADLINE = 20
 CAPABILITIES = b'{"execute":"qmp_capabilities"}'
@@ -148,6 +156,7 @@ class Toy:
                     {"n": Argument(float), "text": Argument(str, optional=True)},
                 ),
                 "wait": Verb(self._wait),
+                "wait-not": Verb(self._wait_not),
                 "refuse": Verb(self._refuse),
                 "crash": Verb(lambda arguments, peer: arguments["missing"]),
                 "unspeakable": Verb(lambda arguments, peer: object()),
@@ -168,6 +177,9 @@ class Toy:
         self.waiting += 1
         await self.release.wait()
         return "done"
+
+    def _wait_not(self, arguments: dict[str, Any], peer: Peer) -> None:
+        self.waiting += 1
 
     def _refuse(self, arguments: dict[str, Any], peer: Peer) -> None:
         raise CommandError("not today", "DeviceNotActive")
@@ -323,6 +335,56 @@ async def test_one_more_connection_takes_the_place_of_the_longest_idle_one(tmp_p
         for peer in first, third:
             assert await peer.ask(b'{"execute":"query-version"}')
         assert toy.server.connected == 3
+
+
+async def test_a_process_with_more_than_its_share_makes_room_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with served(tmp_path, Limits(connections=FAIR_SHARE + 2)) as toy:
+        pid = 1
+
+        def admit(peer: socket.socket) -> Peer:
+            return Peer(0, pid)
+
+        monkeypatch.setattr(toy.server, "_admit", admit)
+        honest = [await negotiated(toy), await raw(toy)]
+        pid = 2
+        for _ in range(3 * FAIR_SHARE):
+            await negotiated(toy)
+        assert await honest[0].ask(b'{"execute":"query-version"}')
+        assert await honest[1].ask(CAPABILITIES) == {"return": {}}
+        assert toy.server.connected == FAIR_SHARE + 2
+
+
+async def test_who_comes_is_not_behind_all_of_a_flood(tmp_path: Path) -> None:
+    """How often the loop goes round says it: what there is to do each time is bounded."""
+    async with served(tmp_path) as toy:
+        deaf = [await negotiated(toy) for _ in range(16)]
+        for peer in deaf:
+            await peer.stream.send_all(b'{"execute":"wait-not"}' * 100)
+        rounds, most, before = 0, 0, toy.waiting
+
+        async def count() -> None:
+            nonlocal rounds, most, before
+            while True:
+                await trio.lowlevel.checkpoint()
+                rounds += 1
+                most, before = max(most, toy.waiting - before), toy.waiting
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            await until(lambda: toy.waiting > 100)
+            came = [socket.socket(socket.AF_UNIX) for _ in range(60)]
+            for one in came:
+                one.connect(toy.path)  # and are silent
+            begun = rounds
+            late = await toy.dial()
+            assert "QMP" in (await late.message() or {})
+            assert rounds - begun < len(came)
+            nursery.cancel_scope.cancel()
+        for one in came:
+            one.close()
+        assert most <= 2  # a round may see a piece of its neighbour
 
 
 async def test_a_command_under_way_is_never_dropped_for_another_connection(tmp_path: Path) -> None:
