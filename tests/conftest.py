@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from healfs import compiled
 from tests.backends.certificates import Authority
@@ -15,6 +17,29 @@ from tests.mounts import HealfsMount
 
 # What no machine of CI can promise; every other skip fails there (HEALFS_NO_SKIPS, .ci/run).
 MAY_SKIP = ("other users cannot run healfs from here", "this machine is too busy")
+
+# What whoever calls pytest has set is no matter of the tests': a terminal's width and colours, a
+# unit's sockets, a shell that ignores SIGINT for what it starts in the background.
+for _name in (
+    "COLUMNS",
+    "FORCE_COLOR",
+    "NO_COLOR",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+    "JOURNAL_STREAM",
+    "HEALFS_RUNTIME_DIR",
+):
+    os.environ.pop(_name, None)
+os.umask(0o022)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A machine that is slow, or stands still for a moment, is no failure.
+settings.register_profile(
+    "any machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 LONGEST = ("tests/fuse/test_install", "tests/vm", "tests/lossy", "tests/sim", "tests/fuse", "")
 

@@ -41,8 +41,8 @@ class HealfsMount:
         source: str | Path,
         *options: str,
         name: str = "disk.img",
-        timeout: float = 60,
-        limit: float = 900,
+        timeout: float = 180,
+        limit: float = 1200,
     ) -> None:
         # Not pytest's tmp_path: the control socket's path must fit in 108 bytes.
         self._directory = Path(tempfile.mkdtemp(prefix="healfs-"))
@@ -66,7 +66,7 @@ class HealfsMount:
             raise
 
     def run(
-        self, *arguments: str, timeout: float = 30, check: bool = True
+        self, *arguments: str, timeout: float = 120, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """`healfs ARGUMENTS` with this mount's runtime directory."""
         done = subprocess.run(
@@ -83,22 +83,22 @@ class HealfsMount:
             )
         return done
 
-    def status(self, timeout: float = 30) -> Status:
+    def status(self, timeout: float = 120) -> Status:
         """What `healfs status --json` says; `timeout` is the deadline for its answer."""
         printed = self.run("status", str(self.mountpoint), "--json", timeout=timeout).stdout
         answer: Status = json.loads(printed)
         return answer
 
-    def policy(self, *options: str, timeout: float = 30) -> str:
+    def policy(self, *options: str, timeout: float = 120) -> str:
         return self.run("policy", str(self.mountpoint), *options, timeout=timeout).stdout
 
     def umount(
-        self, force: bool = False, timeout: float = 30, check: bool = True
+        self, force: bool = False, timeout: float = 120, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         options = ("--force",) if force else ()
         return self.run("umount", str(self.mountpoint), *options, timeout=timeout, check=check)
 
-    def wait_until(self, holds: Callable[[Status], bool], deadline: float = 30) -> Status:
+    def wait_until(self, holds: Callable[[Status], bool], deadline: float = 120) -> Status:
         """The first status for which `holds`; TimeoutError `deadline` seconds later."""
         until = time.monotonic() + deadline
         while not holds(status := self.status()):
@@ -108,10 +108,10 @@ class HealfsMount:
             time.sleep(0.05)
         return status
 
-    def wait_state(self, state: str, deadline: float = 30) -> Status:
+    def wait_state(self, state: str, deadline: float = 120) -> Status:
         return self.wait_until(lambda status: status["state"] == state, deadline)
 
-    def kill_worker(self, deadline: float = 60) -> None:
+    def kill_worker(self, deadline: float = 180) -> None:
         """kill -9, and until another one answers."""
         old = self.status()["pids"]["worker"]
         os.kill(old, signal.SIGKILL)
@@ -140,7 +140,7 @@ class HealfsMount:
             finally:
                 assert self._watchdog.stdin is not None
                 self._watchdog.stdin.close()
-                self._watchdog.wait(30)
+                self._watchdog.wait(120)
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -176,11 +176,11 @@ def _clean(mountpoint: Path, runtime: Path) -> None:
     if (number := _connection(mountpoint)) is not None:
         # Aborted first: what waits in it would hold umount and the processes' end.
         if not any(CONNECTIONS.iterdir()):
-            subprocess.run(("mount", "-t", "fusectl", "none", CONNECTIONS), check=False, timeout=10)
+            subprocess.run(("mount", "-t", "fusectl", "none", CONNECTIONS), check=False, timeout=60)
         with contextlib.suppress(OSError):
             (CONNECTIONS / number / "abort").write_text("1")
         lazily = ("umount", "-l") if os.geteuid() == 0 else ("fusermount3", "-u", "-z")
-        subprocess.run((*lazily, mountpoint), check=False, timeout=10)
+        subprocess.run((*lazily, mountpoint), check=False, timeout=60)
     for pid in _processes(runtime):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ import trio
 from healfs.backends.base import Backend, Geometry
 from healfs.core.request import Kind, Request
 
-DEADLINE = 20.0  # seconds for anything that ought to take much less
+DEADLINE = 120.0  # seconds for anything that ought to take much less
 FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
@@ -115,13 +115,13 @@ def image(tmp_path: Path) -> Path:
 @pytest.fixture
 def loop_device(image: Path) -> Iterator[str]:
     done = subprocess.run(
-        ["losetup", "--find", "--show", str(image)], capture_output=True, text=True, timeout=20
+        ["losetup", "--find", "--show", str(image)], capture_output=True, text=True, timeout=120
     )
     if done.returncode:
         pytest.skip(f"no loop device: {done.stderr.strip()}")
     device = done.stdout.strip()
     yield device
-    subprocess.run(["losetup", "--detach", device], check=True, timeout=20)
+    subprocess.run(["losetup", "--detach", device], check=True, timeout=120)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def held_store(tmp_path: Path) -> Iterator[HeldStore]:
         pytest.skip("needs root and /dev/fuse")
     if not os.path.ismount(FUSE_CONNECTIONS):
         subprocess.run(
-            ["mount", "-t", "fusectl", "fusectl", str(FUSE_CONNECTIONS)], check=False, timeout=20
+            ["mount", "-t", "fusectl", "fusectl", str(FUSE_CONNECTIONS)], check=False, timeout=120
         )
     mountpoint = tmp_path / "held"
     mountpoint.mkdir()
@@ -184,6 +184,6 @@ def held_store(tmp_path: Path) -> Iterator[HeldStore]:
         if (connection / "abort").exists():
             store.abort()
     finally:
-        subprocess.run(["umount", "--lazy", str(mountpoint)], check=False, timeout=20)
+        subprocess.run(["umount", "--lazy", str(mountpoint)], check=False, timeout=120)
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=120)

@@ -13,7 +13,7 @@ from healfs.backends.nbd import NbdBackend
 from healfs.core.request import Kind, Request
 
 MIB = 1 << 20
-DEADLINE = 30.0
+DEADLINE = 120.0
 
 
 class Disk:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import signal
 import socket
 import subprocess
@@ -13,7 +16,7 @@ from types import TracebackType
 from urllib.parse import quote
 
 NBDMAGIC = b"NBDMAGIC"
-READY_SECONDS = 20.0
+READY_SECONDS = 120.0
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = READY_SECONDS) -> None:
@@ -24,11 +27,17 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = READ
         time.sleep(0.005)
 
 
+# Not of those that the kernel gives to clients (ip_local_port_range): a server that is away would
+# find its own taken. Each process of pytest has a thousand, and gives none away twice.
+_ports = itertools.cycle(range(10_000 + os.getpid() % 22 * 1000, 11_000 + os.getpid() % 22 * 1000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    for port in itertools.islice(_ports, 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 class NbdServer:

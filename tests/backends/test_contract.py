@@ -23,7 +23,7 @@ from healfs.backends.file import FileBackend
 from healfs.backends.nbd import NbdBackend
 from healfs.core.request import Done, Kind, Request
 from tests.backends.certificates import Authority
-from tests.backends.conftest import Client, connected, make_request
+from tests.backends.conftest import DEADLINE, Client, connected, make_request
 from tests.backends.nbd_servers import nbdkit, qemu_nbd
 
 SIZE = 1 << 20  # of conftest's image
@@ -95,7 +95,7 @@ async def backend(
             patch.setattr(opening, "_file_system", lambda fd: magic)
             made = FileBackend(str(image), use_uring=kind != "threads")
         yield made
-        with trio.fail_after(20):
+        with trio.fail_after(DEADLINE):
             await made.aclose()
 
 
@@ -168,7 +168,7 @@ async def test_done_may_submit_and_commit(backend: Backend) -> None:
 
         backend.submit(make_request(Kind.READ, 0, 512), again)
         backend.commit()
-        with trio.fail_after(20):
+        with trio.fail_after(DEADLINE):
             await finished.wait()
 
 
@@ -233,7 +233,7 @@ async def test_holes_are_zeroes(backend: Backend) -> None:
         await client.write(512 << 10, b"\1" * 4096)
         await client.do(make_request(Kind.FLUSH))
         content = await client.read(0, SIZE)
-        with trio.fail_after(20):
+        with trio.fail_after(DEADLINE):
             runs = await backend.extents(100, SIZE - 300)
     if runs is None:
         return

@@ -16,7 +16,7 @@ from healfs.backends.base import SourceError
 from healfs.backends.fault import FaultBackend
 from healfs.backends.file import FileBackend
 from healfs.core.request import Kind
-from tests.backends.conftest import connected, make_request
+from tests.backends.conftest import DEADLINE, connected, make_request
 
 Rules = Callable[[str], None]
 
@@ -90,7 +90,7 @@ async def test_down_loses_the_connection_and_refuses_the_next(
 
 
 async def _until_changed(backend: FaultBackend) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(DEADLINE):
         await backend.wait_changed()
 
 

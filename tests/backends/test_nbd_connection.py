@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 from pathlib import Path
@@ -311,8 +312,8 @@ async def test_close_from_inside_a_completion(image: Path) -> None:
 
 
 async def test_a_server_that_leaves_in_order_is_lost(image: Path) -> None:
-    with nbdkit("file", str(image)) as server:
+    with qemu_nbd(image) as server:  # nbdkit waits for its clients to go
         async with connected(server.uri()) as disk:
-            server.kill(signal.SIGTERM)
+            os.kill(server.pid, signal.SIGTERM)
             await disk.ended.wait()
             assert disk.lost is not None and disk.lost.errno == errno.ECONNRESET

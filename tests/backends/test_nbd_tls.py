@@ -421,7 +421,7 @@ import sys, trio
 from healfs.backends.nbd import NbdBackend
 
 async def main():
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         geometry = await NbdBackend(sys.argv[1]).connect()
     print(geometry.size, geometry.tls)
 
@@ -442,7 +442,7 @@ def test_a_key_opens_nbdkit_with_a_newer_python(keys: Path) -> None:
     def run(source: str) -> str:
         command = [NEWER, "-c", _WITH_A_KEY, source]
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=True
+            command, env=environment, capture_output=True, text=True, timeout=180, check=True
         ).stdout
 
     with nbdkit("--tls=require", f"--tls-psk={keys}", "memory", "1M", tcp=True) as server:

@@ -22,8 +22,8 @@ from healfs.backends.uring import IORING_OP_WRITE, Operation, Ring
 ROOT = Path(__file__).parents[2]
 WAYS = ("libaio", "io_uring", "io_uring workers", "threads")
 BLOCK = 4096
-LIFETIME = 300  # seconds; then SIGALRM ends the process
-SUBMIT_SECONDS = 60.0
+LIFETIME = 1200  # seconds; then SIGALRM ends the process
+SUBMIT_SECONDS = 120.0
 SYS_IO_SETUP, SYS_IO_SUBMIT = 206, 209  # on x86-64
 IOCB = struct.Struct("<QIiHhIQQqQII")  # linux/aio_abi.h
 IOCB_CMD_PWRITE = 1

@@ -18,7 +18,7 @@ from typing import Any
 from tests import mounts
 from tests.mounts import HEALFS, ROOT
 
-LIMIT = 300  # seconds that a mount lives at the most
+LIMIT = 1200  # seconds that a mount lives at the most
 
 
 class Commands:
@@ -41,7 +41,7 @@ class Commands:
         )
 
     def run(
-        self, *arguments: str | Path, prefix: Sequence[str] = (), seconds: float = 60
+        self, *arguments: str | Path, prefix: Sequence[str] = (), seconds: float = 180
     ) -> subprocess.CompletedProcess[str]:
         """`healfs ARGUMENTS` to its end, whatever its status is."""
         return subprocess.run(
@@ -72,7 +72,7 @@ class Commands:
         )
         return self._started[-1]
 
-    def kill_worker(self, seconds: float = 60) -> None:
+    def kill_worker(self, seconds: float = 180) -> None:
         """kill -9, and until another one answers."""
         old = self.status()["pids"]["worker"]
         os.kill(old, signal.SIGKILL)
@@ -126,8 +126,8 @@ class Commands:
     ) -> None:
         assert self._watchdog.stdin is not None
         self._watchdog.stdin.close()
-        self._watchdog.wait(30)
+        self._watchdog.wait(120)
         for process in self._started:
             process.kill()
-            process.communicate(timeout=30)
+            process.communicate(timeout=120)
         shutil.rmtree(self.directory, ignore_errors=True)

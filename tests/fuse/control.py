@@ -10,7 +10,7 @@ from typing import Any
 from healfs.control.client import Client, connect
 from tests.mounts import HealfsMount, Status
 
-ANSWER = 15.0  # seconds: "at once", on a busy machine
+ANSWER = 60.0  # seconds: "at once", on a busy machine
 
 
 class Control:
@@ -27,7 +27,7 @@ class Control:
         # Of each answer: the client's own is of the whole conversation.
         return self.client.execute(name, arguments, timeout=ANSWER)
 
-    def until(self, holds: Callable[[Status], bool], seconds: float = 30) -> Status:
+    def until(self, holds: Callable[[Status], bool], seconds: float = 120) -> Status:
         """The first status for which it holds."""
         deadline = time.monotonic() + seconds
         while not holds(status := self.status()):
@@ -35,14 +35,14 @@ class Control:
             time.sleep(0.01)
         return status
 
-    def parked(self, count: int, seconds: float = 30) -> Status:
+    def parked(self, count: int, seconds: float = 120) -> Status:
         """Until so many requests are parked, or more."""
         return self.until(lambda status: status["requests"]["parked"] >= count, seconds)
 
-    def state(self, name: str, seconds: float = 30) -> Status:
+    def state(self, name: str, seconds: float = 120) -> Status:
         return self.until(lambda status: status["state"] == name, seconds)
 
-    def event(self, *names: str, seconds: float = 30) -> dict[str, Any]:
+    def event(self, *names: str, seconds: float = 120) -> dict[str, Any]:
         return self.client.wait_event(*names, timeout=seconds)
 
 

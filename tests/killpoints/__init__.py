@@ -19,7 +19,7 @@ from tests.backends.nbd_servers import wait_until
 
 WORKER = Path(__file__).parent / "worker"
 SIZE = 128  # bytes of the file `armed`, which the workers map
-SECONDS = 60.0
+SECONDS = 180.0
 
 # The name, and how many passings of it make a moment in full flight.
 IN_FLIGHT = {

@@ -23,7 +23,7 @@ import trio
 
 NAME = b"disk.img"
 INODE = pyfuse3.ROOT_INODE + 1
-LIFETIME = 100  # seconds: a test that dies must not leave it
+LIFETIME = 1200  # seconds: a test that dies must not leave it
 
 
 class Store(pyfuse3.Operations):

@@ -23,7 +23,7 @@ from tests.backends.nbd_servers import NbdServer, wait_until
 from tests.lossy import server as lossy
 from tests.mounts import ROOT
 
-SECONDS = 60.0  # for what ought to take a moment
+SECONDS = 180.0  # for what ought to take a moment
 
 
 class LossyServer(NbdServer):

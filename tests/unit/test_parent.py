@@ -10,7 +10,7 @@ import trio.testing
 
 from healfs.daemon.parent import Parent
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 
 
 async def test_a_request_waits_for_a_keeper_that_does_not_read() -> None:

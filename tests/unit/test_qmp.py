@@ -29,7 +29,7 @@ from healfs.control.server import (
     Verb,
 )
 
-DEADLINE = 20
+DEADLINE = 120
 CAPABILITIES = b'{"execute":"qmp_capabilities"}'
 
 # --- the wire format ----------------------------------------------------------------------------
@@ -518,14 +518,14 @@ async def test_the_timeout_is_for_the_whole_conversation(tmp_path: Path) -> None
     async with served(tmp_path) as toy:
 
         def talk() -> None:
-            with client.connect(toy.path, 0.3) as connection:
+            with client.connect(toy.path, 3) as connection:
                 with pytest.raises(client.ControlError, match="does not answer"):
                     connection.execute("wait")
                 assert connection.left == 0
                 begun = time.monotonic()
                 with pytest.raises(client.ControlError, match="does not answer"):
                     connection.execute("wait")
-                assert time.monotonic() - begun < 0.3
+                assert time.monotonic() - begun < 3
 
         await trio.to_thread.run_sync(talk)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from healfs.control.server import Argument, CommandError, ControlServer, Peer, V
 from healfs.core.policy import Action, Policy
 from tests.mounts import _processes
 
-DEADLINE = 20
+DEADLINE = 120
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,8 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(tmp_path / "run"))
     yield tmp_path / "run"
     for pid in processes(tmp_path / "run"):
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(pid, signal.SIGKILL)
 
 
 def processes(runtime: Path) -> set[int]:
@@ -56,7 +58,7 @@ class Daemon:
         self.status: dict[str, Any] = {"mountpoint": mountpoint, "state": "ready"}
         self.refusal = ""
         self.accepted: bool | None = None
-        self.process = subprocess.Popen(["sleep", "60"])
+        self.process = subprocess.Popen(["sleep", "1200"])
         self.claim = mounts.claim(mountpoint)
         self.listener = self.claim.listen()
         self.mount = self.claim.record(
