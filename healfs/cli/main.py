@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import sys
 from typing import Any
@@ -114,6 +116,25 @@ def _open_standard_streams() -> None:
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - to the end
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors=_NO_LETTER)
+
+
+_NO_LETTER = "healfs"  # the name of an error handler of codecs
+
+
+def _without_a_letter(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A path's bytes that are no text go out as they are; for what the locale has no letter for, ?.
+
+    Most locales of UTF-8 refuse both.
+    """
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("replace")(error)
+
+
+codecs.register_error(_NO_LETTER, _without_a_letter)
 
 
 @click.group(

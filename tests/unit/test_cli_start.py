@@ -151,6 +151,17 @@ def test_what_the_backend_cannot_promise_is_said(
     assert result.stderr == "healfs: no locks\nhealfs: no write log: why\n"
 
 
+def test_the_path_that_is_printed_is_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = READY | {"file": os.fsdecode(b"/m\xff/disk.img"), "notes": []}
+    keepers = a_daemon_that_says(monkeypatch, f"print({json.dumps(ready)!r}, file=f)")
+    (tmp_path / "m").mkdir()
+    result = run("mount", "a", tmp_path / "m")
+    keepers[0].wait(DEADLINE)
+    assert (result.exit_code, result.stdout_bytes) == (0, b"/m\xff/disk.img\n")
+
+
 REFUSAL = {"event": "error", "message": "no\nway", "status": 2}
 
 

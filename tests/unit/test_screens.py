@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from healfs.cli.main import VERBS, main
 from healfs.control import mounts
@@ -151,3 +152,25 @@ def test_list_leaves_the_file_to_json(mountpoint: str) -> None:
     assert run("list").stdout.split()[:5] == ["MOUNTPOINT", "SOURCE", "KEEPER", "VERSION", "STATE"]
     [row] = json.loads(run("list", "--json").stdout)
     assert row["file"] == f"{mountpoint}/disk.img"
+
+
+@pytest.mark.parametrize(("charset", "shown"), [("utf-8", b"m\xc3\xa4?"), ("ascii", b"m??")])
+@pytest.mark.parametrize("command", ["list", "status", "status M", "policy M", "events M"])
+def test_a_name_without_letters_is_no_traceback(
+    tmp_path: Path, command: str, charset: str, shown: bytes
+) -> None:
+    """Not every locale of UTF-8 takes bytes that are no text, nor any other one all letters."""
+    directory = tmp_path / os.fsdecode(b"m\xc3\xa4\xff")
+    directory.mkdir()
+    daemon = Daemon(str(directory))
+    daemon.status |= FULL | {"mountpoint": str(directory), "file": str(directory / "disk.img")}
+    History(mounts.events_path(str(directory))).add("HEALFS_MOUNTED", {"source": str(directory)}, 0)
+    daemon.start()
+    try:
+        arguments = command.replace("M", str(directory)).split()
+        result = CliRunner(charset=charset).invoke(main, arguments, prog_name="healfs")
+        assert result.exit_code == 0, result.exception
+        printed = b"".join(result.stdout_bytes.split())
+        assert (shown in printed) is (command != "policy M")
+    finally:
+        daemon.close()
