@@ -17,6 +17,9 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"([0-9]{1,19})([KMGTPE]?)", re.ASCII | re.IGNORECASE)
 _SIZE_UNITS = "KMGTPE"
 _MAXIMUM_SIZE = 2**63 - 1  # off_t
+MAXIMUM_UIDS = 256  # of allow_uid
+# The keeper greets each worker with one packet of 64 KiB, and this is the most of it.
+MAXIMUM_CONFIGURATION = 56 << 10
 
 
 class ConfigError(ValueError):
@@ -121,6 +124,10 @@ class MountConfig:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["policy"] = self.policy.as_dict()
         return json.dumps(values)
+
+    def greeting_bytes(self) -> int:
+        """What this takes of a greeting, where it is a text in an object."""
+        return len(json.dumps(self.to_json()))
 
     @classmethod
     def from_json(cls, text: str) -> MountConfig:

@@ -136,7 +136,11 @@ def _load(load: Callable[..., Any], *paths: str) -> None:
 
 
 def _use_key(context: ssl.SSLContext, path: str, username: str) -> None:
-    name = username or pwd.getpwuid(os.geteuid()).pw_name
+    try:
+        name = username or pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        text = f"{path}: uid {os.geteuid()} has no name; nbds://USER@HOST/ gives one"
+        raise SourceError(text) from None
     key = _key_of(path, name)
     context.verify_mode = ssl.CERT_NONE  # both prove that they have the key; no certificate
     # From 1.3 on a server may answer with a certificate all the same, which nobody would check.

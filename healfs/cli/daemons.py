@@ -16,6 +16,10 @@ from healfs.control.mounts import Mount, MountsError
 from healfs.fuse.mount import is_mounted
 
 
+class RefusedError(CliError):
+    """The daemon answered, with an error."""
+
+
 def find(path: str) -> Mount:
     """The mount the operator names; what is none is bad input."""
     try:
@@ -33,7 +37,7 @@ def connected(mount: Mount, timeout: float) -> Iterator[Client]:
         with client.connect(mount.control, timeout) as connection:
             yield connection
     except CommandFailed as exc:
-        raise CliError(f"{mount.mountpoint}: {exc}") from None
+        raise RefusedError(f"{mount.mountpoint}: {exc}") from None
     except ControlError as exc:
         raise CliError(f"{mount.mountpoint}: {exc}; {advice(mount)}") from None
 
@@ -68,17 +72,23 @@ def detach(mountpoint: str) -> None:
 
 
 def clear(mount: Mount) -> str:
-    """Take away what a daemon left that is gone; returns what is lost with it."""
+    """Take away what a daemon left that is gone; returns what is lost with it, "" where it had
+    an orderly end meanwhile."""
     claimed = mounts.claim_dead(mount.directory)
-    if claimed is None and os.path.isdir(mount.directory):
-        # Nobody listened, but somebody has the lock: the mount is a new one, or soon will be.
-        raise CliError(f"{mount.mountpoint}: a daemon starts there just now; try again")
+    if claimed is None:
+        if not os.path.isdir(mount.directory):
+            return ""
+        if not os.access(mount.directory, os.R_OK):
+            raise CliError(
+                f"{mount.mountpoint}: the daemon is gone; its owner, or root, clears what it left"
+            )
+        # Nobody listened, but somebody has the lock: a mount is new, soon will be, or was.
+        raise CliError(f"{mount.mountpoint}: a daemon starts or ends there just now; try again")
     try:
         lost = unflushed.loss(mount.directory)
         detach(mount.mountpoint)
     finally:
-        if claimed is not None:
-            claimed.clear()
+        claimed.clear()
     return lost
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from healfs.cli.daemons import clear, detach
 from healfs.cli.log_options import checked, log_options
 from healfs.cli.output import CliError, bad_input, error_line, os_error
 from healfs.cli.policy_options import DURATION, SIZE, changes, policy_options
-from healfs.config import MountConfig, one_line
+from healfs.config import MAXIMUM_CONFIGURATION, MAXIMUM_UIDS, MountConfig, one_line
 from healfs.control import mounts
 from healfs.core.policy import Policy
 from healfs.fuse.mount import is_mounted
@@ -91,6 +92,11 @@ def mount(ctx: click.Context, /, source: str, mountpoint: str, **options: Any) -
     """
     config = _configure(source, mountpoint, options)
     config = replace(config, configuration=_configuration(ctx, config))
+    if (size := config.greeting_bytes()) > MAXIMUM_CONFIGURATION:
+        bad_input(
+            f"all that is given is too long together: {size} bytes of {MAXIMUM_CONFIGURATION}, as "
+            "JSON; use shorter paths, and a script for --fence"
+        )
     _check_host(config)
     _check_mountpoint(config.mountpoint)
     if config.foreground:
@@ -111,6 +117,8 @@ def _configure(source: str, mountpoint: str, options: dict[str, Any]) -> MountCo
         bad_input("--size goes with --no-wait; to make a new file, use --create")
     if options["create"] is not None and (options["no_wait"] or options["read_only"]):
         bad_input("--create does not go with --no-wait or --read-only")
+    if len(options["allow_uid"]) > MAXIMUM_UIDS:
+        bad_input(f"--allow-uid: it may be given at most {MAXIMUM_UIDS} times")
     if not 0.1 <= options["slow_after"] <= 3600:
         bad_input("--slow-after: must be from 100ms to 1h")
     is_uri, source = _absolute_source(source)
@@ -193,13 +201,18 @@ def _check_host(config: MountConfig) -> None:
 
 def _check_mountpoint(mountpoint: str) -> None:
     # mountinfo first: a mount that hangs must not be asked anything.
+    status = exit_status.BAD_INPUT
     for left in mounts.list_mounts():
-        if left.mountpoint == mountpoint and left.is_dead():
-            error_line(f"{mountpoint}: the last daemon was killed; {clear(left)}")
+        if left.mountpoint != mountpoint:
+            continue
+        status = exit_status.FAILURE  # one of healfs's, which may be about to end
+        if left.is_dead() and (lost := clear(left)):
+            error_line(f"{mountpoint}: the last daemon was killed; {lost}")
     if is_mounted(mountpoint):
-        bad_input(
+        raise CliError(
             f"{mountpoint}: something is mounted there already; "
-            "take another directory, or unmount that first"
+            "take another directory, or unmount that first",
+            status,
         )
     try:
         with os.scandir(mountpoint) as entries:
@@ -210,7 +223,9 @@ def _check_mountpoint(mountpoint: str) -> None:
     except NotADirectoryError:
         bad_input(f"{mountpoint}: not a directory; MOUNTPOINT is an empty directory")
     except OSError as exc:
-        bad_input(os_error(exc))
+        wrong = exc.errno in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+        status = exit_status.BAD_INPUT if wrong else exit_status.FAILURE
+        raise CliError(os_error(exc), status) from None
 
 
 class _Interrupted(BaseException):

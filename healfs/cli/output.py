@@ -44,7 +44,7 @@ _NEXT = {
 
 def os_error(exc: OSError) -> str:
     """What the system refused, and what to do."""
-    text = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
+    text = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror or str(exc)
     return f"{text}; {_NEXT[exc.errno]}" if exc.errno in _NEXT else text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from healfs.cli.completion import MOUNTPOINT
-from healfs.cli.daemons import Processes, clear, connected, detach, find
+from healfs.cli.daemons import Processes, RefusedError, clear, connected, detach, find
 from healfs.cli.output import CliError, error_line
 from healfs.config import format_size, spans
 from healfs.control import mounts, unflushed
@@ -20,6 +20,7 @@ from healfs.control.mounts import Mount
 _COMMAND_SECONDS = 8.0  # the daemon itself stops trying after 5
 _FORCE_SECONDS = 4.0
 _END_SECONDS = 10.0
+_SOON = 1.0
 _SHOWN = 8  # ranges; the log has all
 
 
@@ -33,8 +34,7 @@ def umount(mountpoint: str, force: bool) -> None:
     """
     mount = find(mountpoint)
     if mount.is_dead():
-        lost = clear(mount)
-        error_line(f"{mount.mountpoint}: the daemon was gone already; cleared what it left; {lost}")
+        _clear(mount)
         return
     if force:
         _force(mount)
@@ -42,13 +42,36 @@ def umount(mountpoint: str, force: bool) -> None:
     if not mount.mounted:
         _end_waiting(mount)
         return
-    with (
-        connected(mount, _COMMAND_SECONDS) as client,
-        Processes(mount.pids()) as processes,
-    ):
-        client.execute("healfs-umount", {"force": False})
+    with Processes(mount.pids()) as processes:
+        try:
+            with connected(mount, _COMMAND_SECONDS) as client:
+                client.execute("healfs-umount", {"force": False})
+        except RefusedError:
+            raise
+        except CliError:
+            if _has_ended(mount, processes):
+                raise CliError(_meanwhile(mount)) from None
+            raise
         if not processes.wait(_END_SECONDS):
-            raise ControlError("unmounted, but the daemon does not end")
+            raise CliError(
+                f"{mount.mountpoint}: unmounted, but the daemon does not end;"
+                " healfs umount --force kills it"
+            )
+
+
+def _clear(mount: Mount) -> None:
+    if not (lost := clear(mount)):
+        raise CliError(_meanwhile(mount))
+    error_line(f"{mount.mountpoint}: the daemon was gone already; cleared what it left; {lost}")
+
+
+def _has_ended(mount: Mount, processes: Processes) -> bool:
+    """Another's umount came first: an orderly end takes the directory away."""
+    return processes.wait(_SOON) and not os.path.isdir(mount.directory)
+
+
+def _meanwhile(mount: Mount) -> str:
+    return f"{mount.mountpoint}: somebody else has unmounted it meanwhile"
 
 
 def _end_waiting(mount: Mount) -> None:
@@ -67,21 +90,21 @@ def _force(mount: Mount) -> None:
         error_line(f"{mount.mountpoint}: {mount.problem}")
         _kill(mount)
         return
-    try:
-        with (
-            connect(mount.control, _FORCE_SECONDS) as client,
-            Processes(mount.pids()) as processes,
-        ):
-            _tell(mount, client.execute("healfs-umount", {"force": True}))
-            if processes.wait(client.left):
+    with Processes(mount.pids()) as processes:
+        try:
+            with connect(mount.control, _FORCE_SECONDS) as client:
+                _tell(mount, client.execute("healfs-umount", {"force": True}))
+                if processes.wait(client.left):
+                    return
+        except CommandFailed as exc:
+            raise CliError(f"{mount.mountpoint}: {exc}") from None
+        except ControlError as exc:
+            if _has_ended(mount, processes):
+                raise CliError(_meanwhile(mount)) from None
+            if mount.is_dead():
+                _clear(mount)
                 return
-    except CommandFailed as exc:
-        raise CliError(f"{mount.mountpoint}: {exc}") from None
-    except ControlError as exc:
-        if mount.is_dead():
-            error_line(f"{mount.mountpoint}: the daemon was gone already; {clear(mount)}")
-            return
-        error_line(f"{mount.mountpoint}: {exc}")
+            error_line(f"{mount.mountpoint}: {exc}")
     _kill(mount)
 
 

@@ -60,6 +60,10 @@ def _ask(mount: Mount, version: dict[str, Any]) -> dict[str, Any]:
                 door.connect(mount.door)
                 request = json.dumps({"upgrade": version}).encode()
                 socket.send_fds(door, [request], [theirs.fileno()])
+            except PermissionError:
+                raise CliError(
+                    f"{mount.mountpoint}: only its owner and root may replace its program"
+                ) from None
             except OSError:
                 if mount.is_dead():
                     text = f"the daemon is gone; {advice(mount)}"

@@ -33,6 +33,10 @@ class MountsError(Exception):
     """One line: what is wrong with the run-time files, or with what the operator named."""
 
 
+class BusyError(MountsError):
+    """A daemon starts, serves or ends there: it may be another time."""
+
+
 def _private(path: Path) -> Path:
     """Make sure of a directory that nobody else can write to: who can, is the daemon."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -45,11 +49,12 @@ def _private(path: Path) -> Path:
 
 
 def _runtime_path() -> Path:
+    # Relative paths in XDG's variables are to be ignored, says its specification.
     if override := os.environ.get("HEALFS_RUNTIME_DIR"):
         return Path(override).absolute()
     if os.geteuid() == 0:
         return _ROOTS
-    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+    if (runtime := os.environ.get("XDG_RUNTIME_DIR", "")).startswith("/"):
         return Path(runtime) / "healfs"
     return Path(tempfile.gettempdir()) / f"healfs-{os.geteuid()}"
 
@@ -61,8 +66,11 @@ def log_path(mountpoint: str) -> Path:
     elif os.geteuid() == 0:
         directory = Path("/var/log/healfs")
     else:
-        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        directory = Path(home) / "healfs"
+        state = os.environ.get("XDG_STATE_HOME", "")
+        if not state.startswith("/"):
+            state = os.path.expanduser("~/.local/state")
+        # Without HOME and without an entry in passwd(5) it is what it was.
+        directory = Path(state) / "healfs" if state.startswith("/") else _runtime_path() / "log"
     return directory / f"{_words(mountpoint)}.log"
 
 
@@ -281,7 +289,7 @@ def claim(mountpoint: str) -> Claim:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise MountsError(
+            raise BusyError(
                 f"{mountpoint}: a healfs daemon serves it already; see healfs status {mountpoint}"
             ) from None
         if os.fstat(fd).st_nlink:

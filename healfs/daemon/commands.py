@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from healfs import __version__, compiled
 from healfs.backends.base import Geometry
-from healfs.config import counted
+from healfs.config import MAXIMUM_UIDS, counted
 from healfs.control.server import Argument, CommandError, Peer, Verb
 from healfs.core.policy import Action, Policy, PolicyError
 from healfs.core.states import State
@@ -69,6 +69,7 @@ def status(worker: Worker) -> dict[str, Any]:
             "limit": worker.control.limits.connections,
         },
         "control_negotiation_seconds": {"limit": worker.control.limits.negotiation_seconds},
+        "allowed_uids": {"used": len(worker.config.allow_uid), "limit": MAXIMUM_UIDS},
         "events": {"limit": KEPT},
     }
     geometry = worker.geometry

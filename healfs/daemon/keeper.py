@@ -31,6 +31,7 @@ import sys
 import time
 from typing import Any
 
+from healfs.config import one_line
 from healfs.control import mounts, unflushed
 from healfs.daemon import lines
 from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program, how, readable
@@ -88,7 +89,7 @@ class Keeper:
         try:
             self.claim = mounts.claim(self.mountpoint)
         except mounts.MountsError as exc:
-            return self._refuse(str(exc), 2)
+            return self._refuse(str(exc), 1 if isinstance(exc, mounts.BusyError) else 2)
         try:
             try:
                 self._open_log()
@@ -110,7 +111,7 @@ class Keeper:
     def _refuse(self, message: str, status: int) -> int:
         report = {"event": "error", "message": message, "status": status}
         if self.ready < 0:
-            print(f"healfs: {message}", file=sys.stderr)
+            print(f"healfs: {one_line(message)}", file=sys.stderr)
         else:
             os.write(self.ready, json.dumps(report).encode() + b"\n")
         return status

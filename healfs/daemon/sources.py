@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -20,6 +21,15 @@ DEVICES: dict[str, ModuleType] = {"virtio-blk": virtio_blk, "scsi": scsi}
 def device_for(name: str) -> ModuleType:
     """The module whose status or sense status and events name."""
     return DEVICES[name]
+
+
+# Of a source that is right, and may be free, or have room, another time.
+_PASSING = {errno.EBUSY, errno.ETXTBSY, errno.ENOSPC, errno.EDQUOT, errno.EIO}
+
+
+def exit_status(error: OSError) -> int:
+    """Of a mount that came to nothing: 2 where no other try helps (systemd makes none then)."""
+    return 2 if isinstance(error, SourceError) and error.errno not in _PASSING else 1
 
 
 def backend_for(config: MountConfig) -> Backend:

@@ -35,6 +35,7 @@ class Unmounting:
         self._patience = trio.CancelScope()  # of the flush before an unmount
         self.ended = trio.Event()
         self._told = False
+        self._unmounted = False
 
     async def from_outside(self) -> None:
         """The mount is gone: by us, or by umount(8), and then this is the last flush."""
@@ -85,6 +86,8 @@ class Unmounting:
         if force:
             self._patience.cancel()  # of a plain one that waits for the backend
         async with self._lock:
+            if self._unmounted or self.ended.is_set():
+                raise UnmountError("it is being unmounted already; there is no more to do")
             flushed = await self.flush(FORCED_FLUSH_SECONDS if force else UNMOUNT_SECONDS)
             if not flushed and not force:
                 raise UnmountError(self._what_waits())
@@ -103,6 +106,7 @@ class Unmounting:
                         commands.busy_text(self._worker.config.mountpoint, exc)
                     ) from None
                 await self._unmount(lazy=True)
+            self._unmounted = True
             self._tell_end(given_up, who or {})
             return given_up
 

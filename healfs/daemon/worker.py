@@ -188,7 +188,7 @@ class Worker:
                 size = self.geometry.size
             fuse = await self.parent.ask({"do": "mount"})
         except (SourceError, ParentError) as exc:
-            status = 2 if isinstance(exc, SourceError) else 1
+            status = sources.exit_status(exc)
             self.report.error(str(exc), status)
             return status
         self.engine.size = size
@@ -466,8 +466,9 @@ async def _main(fds: dict[str, int]) -> int:
             log.error("this version of healfs cannot take over: %s", exc)
             return 1
         except SourceError as exc:
-            Report(fds["ready"]).error(str(exc), 2)
-            return 2
+            status = sources.exit_status(exc)
+            Report(fds["ready"]).error(str(exc), status)
+            return status
         return await worker.run()
 
 

@@ -416,6 +416,12 @@ def test_a_key_that_is_none(keys: Path, name: str, says: str) -> None:
         nbd_tls.credentials(NbdUri("", "h", tls=Tls(psk_file=f"{keys}.none", username=name)))
 
 
+def test_a_key_of_a_user_without_a_name(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4294960001)  # in no passwd(5)
+    with pytest.raises(SourceError, match="uid 4294960001 has no name; nbds://USER@HOST/"):
+        nbd_tls.credentials(NbdUri("", "h", tls=Tls(psk_file=str(keys))))
+
+
 _WITH_A_KEY = """
 import sys, trio
 from healfs.backends.nbd import NbdBackend

@@ -18,10 +18,13 @@ from healfs.cli import umount as umount_module
 from healfs.cli.main import VERBS
 from healfs.cli.output import CliError, os_error
 from healfs.cli.policy_options import changes
+from healfs.config import MAXIMUM_CONFIGURATION, MAXIMUM_UIDS, MountConfig
 from healfs.control import mounts
+from healfs.control.mounts import Mount
 from healfs.core.policy import Action, Policy
 from healfs.core.ring import PAGE
 from healfs.core.writelog import WriteLog, memory_size
+from healfs.daemon.children import PACKET
 from healfs.fuse.wire import MAX_WRITE
 from tests.unit.toy import DEADLINE, Daemon, assert_refused, run
 from tests.unit.toy import daemon as daemon
@@ -116,6 +119,25 @@ def test_bad_input_is_one_line_and_status_2(
     result = run(*(word.replace("M/", f"{tmp_path}/m/") for word in given))
     assert_refused(result, *words)
     assert "\x1b" not in result.stderr and "\x07" not in result.stderr
+
+
+def test_what_a_worker_is_greeted_with_has_room(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    allowed = [f"--allow-uid={uid}" for uid in range(4294960000, 4294960257)]
+    fence = f"--fence=true # {'x' * 30_000}"
+    for options, words in (
+        (allowed, "--allow-uid: it may be given at most 256 times"),
+        ([fence], "too long together"),
+        ([*allowed[:256], fence[:26_000]], "too long together"),
+    ):
+        assert_refused(run("mount", "a", tmp_path / "m", *options), words)
+    values = {"allow_uid": {"value": [4294960000] * MAXIMUM_UIDS, "from": "option"}}
+    most = MountConfig(
+        *("/" + "s" * 4095, "/" + "m" * 4095),
+        allow_uid=(4294960000,) * MAXIMUM_UIDS,
+        configuration={"file": "/" + "f" * 4095, "values": values},
+    )
+    assert most.greeting_bytes() < MAXIMUM_CONFIGURATION < PACKET - 4096
 
 
 LOG = {"log_size": 64 << 20, "log_entries": 16384, "settle": None, "fence": None}
@@ -300,6 +322,31 @@ def test_a_dead_daemon_is_told_and_umount_clears_it(daemon: Daemon) -> None:
     assert result.exit_code == 0 and "gone already" in result.stderr
     assert not daemon.claim.directory.exists()
     assert run("list").stdout == "no mounts\n"
+
+
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_umount_behind_anothers_orderly_end_tells_of_no_loss(
+    daemon: Daemon, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = daemon.mount.mountpoint
+
+    def end(mount: Mount) -> bool:
+        """Between the look at the record and the one at the socket, say."""
+        daemon.close()
+        return False
+
+    monkeypatch.setattr(Mount, "is_dead", end)
+    assert_refused(run("umount", at, *options), "somebody else has unmounted it", status=1)
+    assert_refused(run("umount", at, *options), "not a healfs mount")
+
+
+def test_what_a_daemon_left_that_ends_just_now_is_not_cleared(daemon: Daemon) -> None:
+    daemon.stop()  # it has its lock still
+    at = daemon.mount.mountpoint
+    assert_refused(run("umount", at), "starts or ends there just now; try again", status=1)
+    daemon.claim.release()
+    with pytest.raises(CliError, match="somebody else"):
+        umount_module._clear(daemon.mount)
 
 
 def test_each_error_says_what_to_do_next(daemon: Daemon, tmp_path: Path, runtime: Path) -> None:

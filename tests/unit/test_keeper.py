@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from healfs.control import mounts
 from healfs.daemon import keeper
 from healfs.daemon.children import FAULTED, Child
 from healfs.daemon.keeper import Keeper
@@ -106,3 +108,23 @@ def test_faults_in_a_row_are_told_twice(kept: Keeper) -> None:
     assert told.count("HEALFS_FAULTED") == 2 and told.count("HEALFS_WORKER_RESTARTED") == 1
     kept._heard(fault | {"event": "HEALFS_RECOVERED"})
     assert told[-1] == "HEALFS_RECOVERED"
+
+
+def test_where_a_daemon_still_is_another_time_may_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line and status 1: after its end, which systemd cannot see, there is room."""
+    monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(Keeper, "_catch_signals", lambda self: None)
+    claimed = mounts.claim("/a\nb")
+    try:
+        one = Keeper({"mountpoint": "/a\nb", "source": "disk", "name": "disk.img"}, "{}", -1)
+        assert one.run() == 1
+    finally:
+        claimed.release()
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("healfs: /a b: a healfs daemon serves it already") and said.count("\n") == 1
+    )
+    tmp_path.chmod(0o777)
+    assert one.run() == 2 and "others may write there" in capsys.readouterr().err

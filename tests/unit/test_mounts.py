@@ -46,3 +46,27 @@ def test_a_run_time_directory_that_is_full_is_told_in_one_line(
     monkeypatch.setattr(mounts, "_private", full)
     with pytest.raises(mounts.MountsError, match="No space left on device; set XDG_RUNTIME_DIR"):
         mounts.claim("/mnt/vm1")
+
+
+@pytest.mark.parametrize("home", [None, "", "rel"])
+def test_a_log_never_lies_where_one_happens_to_be(
+    monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    """Without HOME and passwd(5), or with relative paths, which XDG says are to be ignored."""
+    for name in ("HEALFS_RUNTIME_DIR", "HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        for name in ("HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR"):
+            monkeypatch.setenv(name, home)
+    monkeypatch.setattr(os, "geteuid", lambda: 4294960001)
+    monkeypatch.setattr(os, "getuid", lambda: 4294960001)  # whom expanduser asks passwd for
+    path = mounts.log_path("/mnt/vm1")
+    assert path.is_absolute() and "~" not in path.parts
+    assert mounts.events_path("/mnt/vm1").is_absolute()
+
+
+def test_xdg_state_home_is_where_a_user_has_his_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEALFS_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_STATE_HOME", "/home/u/state")
+    assert str(mounts.log_path("/m").parent) == "/home/u/state/healfs"
