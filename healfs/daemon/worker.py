@@ -409,6 +409,7 @@ class Worker:
         self._somebody_waits.set()
 
     def _interrupted(self, request: Request) -> None:
+        self.callers.interrupted(request)
         self._somebody_waits.set()
         self._let_go()
 

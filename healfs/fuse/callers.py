@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -17,8 +18,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # it is compiled, and the keeper imports this module
     from healfs.core.request import Request
 
-SIGKILL_BIT = 1 << 8
-PF_EXITING = 4
+# As bits of a signal set in /proc: whose default action does not end a process.
+HARMLESS = sum(
+    1 << number - 1
+    for number in (
+        *(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH),
+        *(signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),
+    )
+)
+SIGKILL = 1 << signal.SIGKILL - 1
+# linux/sched.h. A thread that dumps core, or waits for the one that does, is not exiting yet.
+PF_EXITING, PF_POSTCOREDUMP, PF_DUMPCORE = 0x4, 0x8, 0x200
+PF_LEAVING = PF_EXITING | PF_POSTCOREDUMP | PF_DUMPCORE
 REMEMBERED = 1.0  # seconds that a thread is taken for the one it was
 UNKNOWN = 0  # the thread was gone before it was looked up, or is of another pid namespace
 
@@ -33,23 +44,36 @@ def _fields(path: str) -> dict[str, str]:
         return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
-def process_of(thread: int) -> int:
-    """The Tgid of a thread; UNKNOWN if it is gone."""
+def process_of(thread: int) -> int | None:
+    """The Tgid of a thread; UNKNOWN if it is gone; None if it cannot be looked at just now."""
     try:
         return int(_fields(f"/proc/{thread}/status")["Tgid"])
-    except (OSError, KeyError, ValueError):
+    except OSError as exc:
+        return UNKNOWN if exc.errno in GONE else None
+    except (KeyError, ValueError):
         return UNKNOWN
+
+
+def _is_ended_by_a_signal(status: dict[str, str]) -> bool:
+    """A pending signal ends it before it sees any answer. SIGKILL is pending for who was ended
+    already; a signal that came behind another one, or that dumps core, waits itself."""
+    pending, blocked, ignored, caught = (
+        int(status[name], 16) for name in ("SigPnd", "SigBlk", "SigIgn", "SigCgt")
+    )
+    pending |= int(status["ShdPnd"], 16)
+    if int(status["TracerPid"]):  # who may take any other away
+        pending &= SIGKILL
+    return bool(pending & ~(blocked | ignored | caught | HARMLESS))
 
 
 def _thread_is_leaving(process: int, thread: str) -> bool:
     base = f"/proc/{process}/task/{thread}"
     try:
-        status = _fields(f"{base}/status")
-        if (int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)) & SIGKILL_BIT:
+        if _is_ended_by_a_signal(_fields(f"{base}/status")):
             return True
         with open(f"{base}/stat", encoding="ascii", errors="replace") as stat:
             flags = int(stat.read().rpartition(")")[2].split()[6])
-        return bool(flags & PF_EXITING)
+        return bool(flags & PF_LEAVING)
     except OSError as exc:
         return exc.errno in GONE
     except (KeyError, ValueError, IndexError):
@@ -71,8 +95,9 @@ class Callers:
     def __init__(self) -> None:
         self._of_thread: dict[int, int] = {}  # forgotten soon: numbers are used again
         self._looked = 0.0
+        self._interrupted: set[int] = set()
 
-    def note(self, request: Request) -> int:
+    def note(self, request: Request) -> int | None:
         """Look up the process now, while its thread is still there."""
         if request.process is None:
             thread = request.caller
@@ -81,18 +106,33 @@ class Callers:
             process = self._of_thread.get(thread)
             if process is None:
                 process = process_of(thread) if thread else UNKNOWN
+                if process is None:
+                    return None  # at the next look
                 self._of_thread[thread] = process
             request.process = process
         return request.process
 
+    def interrupted(self, request: Request) -> None:
+        """An INTERRUPT came: its thread waits for it."""
+        self._interrupted.add(request.tag)
+
     def leaving(self, held: Mapping[int, Request]) -> list[Request]:
         """Those of the held requests whose caller is leaving."""
         self._of_thread, self._looked = {}, time.monotonic()
+        self._interrupted &= held.keys()
         by_process: dict[int, list[Request]] = {}
         for request in held.values():
-            by_process.setdefault(self.note(request), []).append(request)
-        by_process.pop(UNKNOWN, None)
-        return [r for process, found in by_process.items() if is_leaving(process) for r in found]
+            if process := self.note(request):
+                by_process.setdefault(process, []).append(request)
+        found = []
+        for process, requests in by_process.items():
+            gone = is_leaving(process)
+            found += [r for r in requests if gone or self._thread_is_gone(process, r)]
+        return found
+
+    def _thread_is_gone(self, process: int, request: Request) -> bool:
+        """Alone: another one called execve(2), and waits until it is the only one."""
+        return request.tag in self._interrupted and _thread_is_leaving(process, str(request.caller))
 
     def unknown(self, held: Mapping[int, Request]) -> int:
         """How many waiting requests nobody can be named for, for status."""

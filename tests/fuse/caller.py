@@ -1,7 +1,8 @@
 """A process with many requests in flight at once, and an end of its own.
 
 `python -m tests.fuse.caller FILE WAY COUNT` writes COUNT blocks to FILE by one of WAYS, without
-waiting for any, says "submitted", and exits when its standard input ends.
+waiting for any, says "submitted", and exits when its standard input ends; told "exec" there, a
+second thread executes another program.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Caller:
     def __init__(self, file: Path, way: str, count: int) -> None:
         self.process = subprocess.Popen(
             [
-                *("setpriv", "--pdeathsig", "KILL"),
+                *("setpriv", "--pdeathsig", "KILL", "prlimit", "--core=1"),
                 *(sys.executable, "-m", "tests.fuse.caller", str(file), way, str(count)),
             ],
             cwd=ROOT,
@@ -53,6 +54,12 @@ class Caller:
         """Have it return from main."""
         assert self.process.stdin is not None
         self.process.stdin.close()
+
+    def execute(self) -> None:
+        """Have it run true."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"exec")
+        self.exit()
 
     def close(self) -> None:
         self.process.kill()
@@ -116,7 +123,9 @@ def main(file: str, way: str, count: int) -> None:
     else:
         ring = _io_uring(fd, address, count, workers=way == "io_uring workers")  # noqa: F841
     os.write(1, b"submitted\n")
-    sys.stdin.read()
+    if sys.stdin.read() == "exec":
+        threading.Thread(target=os.execlp, args=("true", "true")).start()
+        threading.Event().wait()
     os._exit(0)
 
 

@@ -45,7 +45,7 @@ def _running(program: str, file: Path, server: NbdServer, disk: Control) -> Iter
     """The pid of a program whose requests are parked: the server is gone by then."""
     command = [word.format(file) for word in PROGRAMS[program]]
     process = subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *command],
+        ["setpriv", "--pdeathsig", "KILL", "prlimit", "--core=1", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -122,7 +122,7 @@ def test_a_program_that_catches_sigterm_and_waits_goes_with_fail(
         _ends_in_order(mount, disk)
 
 
-@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGABRT, signal.SIGKILL])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_process_that_ends_with_requests_on_their_way_is_gone(
     server: NbdServer, healfs_mount: Mounter, way: str, number: int | None
@@ -142,6 +142,38 @@ def test_a_process_that_ends_with_requests_on_their_way_is_gone(
             assert caller.process.wait(GONE) == -(number or 0)
         finally:
             caller.close()
+        _ends_in_order(mount, disk)
+
+
+def test_a_program_whose_thread_waits_is_replaced_by_another(
+    server: NbdServer, healfs_mount: Mounter
+) -> None:
+    """execve(2) waits until the other threads have ended; the one that called it lives on."""
+    mount = healfs_mount(server.uri())
+    with control(mount) as disk:
+        server.kill()
+        caller = Caller(mount.file, "threads", DEPTH)
+        try:
+            caller.submitted()
+            disk.parked(DEPTH)
+            caller.execute()
+            assert caller.process.wait(GONE) == 0
+        finally:
+            caller.close()
+        _ends_in_order(mount, disk)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGQUIT], [signal.SIGUSR1, signal.SIGTERM]])
+def test_a_dd_that_a_signal_will_end_is_gone(
+    server: NbdServer, healfs_mount: Mounter, numbers: list[int]
+) -> None:
+    """dd catches SIGUSR1; what comes behind that, and what dumps core, the kernel makes no SIGKILL
+    of while dd waits."""
+    mount = healfs_mount(server.uri())
+    with control(mount) as disk:
+        with _running("dd", mount.file, server, disk) as pid:
+            for number in numbers:
+                os.kill(pid, number)
         _ends_in_order(mount, disk)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from healfs.core.request import Kind, Request
+from healfs.fuse import callers
 from healfs.fuse.callers import UNKNOWN, Callers, is_leaving, process_of
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +110,40 @@ def test_who_cannot_be_looked_at_is_not_taken_for_gone(
     with monkeypatch.context() as short:
         short.setattr(call, none_left)
         assert not is_leaving(process.pid)
+
+
+def test_who_cannot_be_looked_up_is_looked_up_later(
+    process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    callers, requests = Callers(), {1: _request(1, process.pid)}
+    with monkeypatch.context() as short:
+        short.setattr("builtins.open", none_left)
+        assert callers.note(requests[1]) is None
+        assert not callers.leaving(requests) and not callers.unknown(requests)
+    process.kill()
+    assert callers.leaving(requests) == [requests[1]]
+
+
+@pytest.mark.parametrize(
+    ("more", "leaving"),
+    [
+        ({"ShdPnd": "4"}, True),  # SIGQUIT
+        ({"SigPnd": "4000", "SigCgt": "200"}, True),  # SIGTERM, behind one that it catches
+        ({"ShdPnd": "4", "SigCgt": "4"}, False),
+        ({"ShdPnd": "4", "SigBlk": "4"}, False),
+        ({"ShdPnd": "4", "SigIgn": "4"}, False),
+        ({"ShdPnd": "8430000"}, False),  # SIGCHLD, SIGCONT, SIGURG, SIGWINCH
+        ({"ShdPnd": "200000000"}, True),  # a real-time signal
+        ({"ShdPnd": "4", "TracerPid": "1"}, False),
+        ({"ShdPnd": "100", "TracerPid": "1"}, True),
+    ],
+)
+def test_a_pending_signal_that_will_end_it(more: dict[str, str], leaving: bool) -> None:
+    sets = dict.fromkeys(("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "TracerPid"), "0")
+    assert callers._is_ended_by_a_signal(sets | more) is leaving
 
 
 def test_who_is_killed_is_leaving_before_he_is_reaped(process: subprocess.Popen[bytes]) -> None:
