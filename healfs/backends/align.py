@@ -84,6 +84,10 @@ class AlignedBackend(Backend):
     def polled(self) -> Polled | None:
         return self._inner.polled
 
+    @property
+    def heard(self) -> float:
+        return self._inner.heard
+
     def close(self) -> None:
         self._answers.clear()
         self._inner.close()

@@ -127,6 +127,11 @@ class Backend(abc.ABC):
         """The connection, while there is one; None: `serve` alone delivers completions."""
         return None
 
+    @property
+    def heard(self) -> float:
+        """time.monotonic() when anything came, were it a part of an answer; 0: nobody knows."""
+        return 0.0
+
     def taken(self, request: Request) -> bool:
         """After close, until the next connect: may an unanswered request still be carried out?"""
         return True

@@ -289,6 +289,10 @@ class FaultBackend(Backend):
         self.close()
         await self._inner.aclose()
 
+    @property
+    def heard(self) -> float:
+        return 0.0 if self._now().hang else self._inner.heard
+
     def taken(self, request: Request) -> bool:
         return self._inner.taken(request)
 

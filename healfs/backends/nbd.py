@@ -276,6 +276,10 @@ class NbdBackend(Backend):
     def polled(self) -> Polled | None:
         return self._link
 
+    @property
+    def heard(self) -> float:
+        return 0.0 if self._link is None else self._link.heard
+
     async def serve(self) -> OSError:
         link = self._link
         if link is None:

@@ -16,6 +16,7 @@ cdef class Link:
     cdef public object readable
     cdef public long long ready_fd
     cdef public long long received
+    cdef public double heard
     cdef public object sock
     cdef public object tls
     cdef public object view

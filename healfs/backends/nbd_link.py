@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from functools import partial
+from time import monotonic
 
 import trio
 
@@ -59,6 +60,7 @@ class Link:
         self.ended: OSError | None = None  # why there is nothing more to receive
         self.ready_fd = sock.fileno()
         self.received = 0  # bytes, ever
+        self.heard = 0.0  # when any came
         self.answers: list[tuple[Request, Done, int]] = []  # that need no server
         self._piece = piece
         self._room = max(piece, wire.BLOCK_STATUS_MAX) + 64  # bytes of the longest chunk
@@ -104,7 +106,10 @@ class Link:
             # Nobody would see that this is there: it came off the socket.
             while self.ended is None and self.tls.pending() and self._receive():
                 pass
-        return self.received != before
+        if self.received == before:
+            return False
+        self.heard = monotonic()
+        return True
 
     def attend(self, attended: bool) -> None:
         """See base.Polled: the socket is readable all the same; `poll` leaves nothing above it."""

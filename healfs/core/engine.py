@@ -58,6 +58,10 @@ class Effects(Protocol):
     def taken(self, request: Request) -> bool:
         """Did the backend take any of it? Asked after close; what it did not take never lands."""
 
+    def heard(self) -> float:
+        """The clock's time at which anything came on this connection, were it a part of an answer
+        only; 0: nobody knows."""
+
     def connect(self) -> None:
         """Try once to reach the backend; ends in `connected` or `connect_failed`."""
 
@@ -1243,6 +1247,8 @@ class Engine:
         """No answer at all is an outage, too; one request may hang while others are answered."""
         if not self.link_up:
             return
+        # An answer that is long, over a link that is slow, is no silence while it comes.
+        self._last_answer = max(self._last_answer, self.effects.heard())
         oldest = self._waited_for()
         if self.state is State.STALLED:
             # Nothing may overtake the replay.

@@ -105,6 +105,9 @@ class Worker:
     def taken(self, request: Request) -> bool:
         return self.backend.taken(request)
 
+    def heard(self) -> float:
+        return self.backend.heard
+
     def probe(self) -> None:
         self._probe_wanted.set()
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from struct import pack
 
 import pytest
 import trio
@@ -265,6 +266,40 @@ async def test_tcp_notices_a_silent_peer() -> None:
             probes = option(socket.TCP_KEEPINTVL) * option(socket.TCP_KEEPCNT)
             assert option(socket.TCP_KEEPIDLE) + probes <= 10
             assert option(socket.TCP_USER_TIMEOUT) <= 10_000
+
+
+async def test_each_part_of_an_answer_is_heard(tmp_path: Path) -> None:
+    """Over a slow link a long answer takes longer than any silence may be."""
+    with trio.socket.socket(socket.AF_UNIX) as listening:
+        await listening.bind(str(tmp_path / "nbd.sock"))
+        listening.listen()
+        parts = [b"\x67\x44\x66\x98", bytes(8) + b"\0\0\0\1", *4 * [bytes(1024)]]
+        heard: list[float] = []
+
+        async def serve() -> None:
+            sock, _ = await listening.accept()
+            with sock:
+                await sock.send(GREETING[:-1] + b"\0")
+                await sock.recv(4 + 16, socket.MSG_WAITALL)
+                await sock.send(pack(">QH", MIB, 1) + bytes(124))
+                await sock.recv(28)
+                for part in parts:
+                    await sock.send(part)
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    heard.append(backend.heard)
+                await trio.sleep_forever()
+
+        backend = NbdBackend(f"nbd+unix:///?socket={tmp_path}/nbd.sock")
+        assert backend.heard == 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            async with connected(backend) as disk:
+                assert await disk.ok(read(0, 4096)) == bytes(4096)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert backend.heard == heard[-1]
+            nursery.cancel_scope.cancel()
+    assert len(heard) == len(set(heard)) == len(parts) and sorted(heard) == heard
+    assert backend.heard == 0
 
 
 async def test_close_ends_serve_and_extents_and_answers_nothing(image: Path) -> None:

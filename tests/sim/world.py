@@ -255,6 +255,9 @@ class World:
     def taken(self, request: Request) -> bool:
         return id(request) not in self.server.untaken
 
+    def heard(self) -> float:
+        return 0.0
+
     def connect(self) -> None:
         if not self._trying:  # one at a time, as the worker's
             self._trying = True

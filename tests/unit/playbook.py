@@ -100,6 +100,7 @@ class Playbook:
         self._requests: dict[str, Request] = {}
         self._flush: Request
         self._alarms: list[float] = []
+        self.heard_at = 0.0
         memory = memoryview(bytearray(memory_size(LOG_BYTES, LOG_ENTRIES)))
         log = WriteLog(memory, LOG_ENTRIES, MESSAGE)
         log.ring = _WatchedRing(memory[-LOG_BYTES:], self.released)
@@ -141,6 +142,9 @@ class Playbook:
     def _sent(self, name: str) -> Request:
         request = self._requests[name]
         return self._flush if request.kind is Kind.FLUSH else request
+
+    def heard(self) -> float:
+        return self.heard_at
 
     def connect(self) -> None:
         self.connects.append(self.now)

@@ -198,3 +198,18 @@ def test_a_silence_lasts_since_the_last_answer():
     assert play.state == "stalled" and play.answers.get("last") is None
     play.read("new", 3)
     assert "new" not in play.answers  # the outage is younger than the timeout
+
+
+def test_an_answer_that_comes_in_pieces_is_no_silence():
+    """A megabyte over a slow link takes longer than slow-after."""
+    play = Playbook(slow_after=5)
+    play.read("long", 0)
+    for _ in range(10):
+        play.run(4)
+        play.heard_at = play.now
+    assert play.state == "ready"
+    play.run(4.9)
+    assert play.state == "ready" and not play.told("HEALFS_OUTAGE")
+    play.run(0.2)
+    assert play.state == "stalled"
+    assert play.engine.status()["outages"]["current_seconds"] == pytest.approx(5.1)
