@@ -172,13 +172,18 @@ def _connection(mountpoint: Path) -> str | None:
     return None
 
 
+def connections() -> Path:
+    """fusectl, mounted: a directory for each connection that there is."""
+    if not any(CONNECTIONS.iterdir()):
+        subprocess.run(("mount", "-t", "fusectl", "none", CONNECTIONS), check=False, timeout=60)
+    return CONNECTIONS
+
+
 def _clean(mountpoint: Path, runtime: Path) -> None:
     if (number := _connection(mountpoint)) is not None:
         # Aborted first: what waits in it would hold umount and the processes' end.
-        if not any(CONNECTIONS.iterdir()):
-            subprocess.run(("mount", "-t", "fusectl", "none", CONNECTIONS), check=False, timeout=60)
         with contextlib.suppress(OSError):
-            (CONNECTIONS / number / "abort").write_text("1")
+            (connections() / number / "abort").write_text("1")
         lazily = ("umount", "-l") if os.geteuid() == 0 else ("fusermount3", "-u", "-z")
         subprocess.run((*lazily, mountpoint), check=False, timeout=60)
     for pid in _processes(runtime):

@@ -2,28 +2,32 @@
 
 Each row is one load on disks of the same kind, measured in turn, round after round, so that
 what else the machine does meets all of them. A figure is the median of the rounds; a ratio is
-the median of the rounds' ratios, healfs to the disk beside it.
+the median of the rounds' ratios, healfs to the disk beside it. A row that fails says why, the
+others are measured all the same, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import crowd, disks, memory, recovery, standstill
-from tests.bench.load import DISK_BYTES, LOADS, PLAIN, Load
+from tests.bench import crowd, disks, memory, recovery, rounds, standstill
+from tests.bench.load import DISK_BYTES, LOADS, PLAIN, FioFailed, Load
 
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() else 160)
+failures: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Group:
     name: str
     disks: dict[str, disks.Disk]
     loads: tuple[str, ...]
-    where: str | None = None  # the directory that the disks' files lie in
+    where: str | None = None  # the directory that the disks' files lie in; None: in no file
 
     @property
     def first(self) -> str:
@@ -46,70 +50,107 @@ COST = ("4k-randwrite-qd32", "1m-write-qd8")
 # and on tmpfs a flush costs nothing: what is left is the cost of log and order themselves.
 FLUSHED_COST = ("4k-randwrite-qd32-flushed", "1m-write-qd8-flushed")
 TMPFS = "/dev/shm"
+PLAIN_PYTHON = ", plain Python"
+WARM = LOADS["4k-randwrite-qd32"]  # run on each disk, before anything of a group is measured
 
 
 def groups(beside: Path | None, switch: str) -> list[Group]:
     """`beside` is another source tree of healfs, measured as one more peer."""
-    file: dict[str, disks.Disk] = {"healfs": disks.healfs_file(switch)}
-    nbd: dict[str, disks.Disk] = {"healfs": disks.healfs_nbd(switch)}
+    name = "healfs" + PLAIN_PYTHON * bool(disks.why_plain())
+    file: dict[str, disks.Disk] = {name: disks.healfs_file(switch)}
+    nbd: dict[str, disks.Disk] = {name: disks.healfs_nbd(switch)}
     if beside is not None:
-        file["beside"] = disks.healfs_file(tree=beside)
-        nbd["beside"] = disks.healfs_nbd(tree=beside)
+        name = "beside" + PLAIN_PYTHON * bool(disks.why_plain(beside))
+        file[name] = disks.healfs_file(tree=beside)
+        nbd[name] = disks.healfs_nbd(tree=beside)
     logged_file = {"log on": disks.healfs_file(), "log and order off": disks.healfs_file("nolog")}
     logged_nbd = {"log on": disks.healfs_nbd(), "log and order off": disks.healfs_nbd("nolog")}
     file |= {"qemu-storage-daemon": disks.qemu_file, "nbdfuse": disks.nbdfuse_file}
-    file["limit"] = disks.limit
-    nbd |= {"nbdfuse": disks.nbdfuse_nbd}
+    file["limit"] = disks.limit_file
+    nbd |= {"nbdfuse": disks.nbdfuse_nbd, "limit": disks.limit_nbd}
     return [
-        Group("file", file, PLAIN),
+        Group("file", file, PLAIN, tempfile.gettempdir()),
         Group("tmpfs", file, PLAIN, TMPFS),
         Group("nbd", nbd, PLAIN),
         Group("log-tmpfs", logged_file, COST, TMPFS),
         Group("log-nbd", logged_nbd, COST),
-        Group("log-file", logged_file, COST + FLUSHED_COST),
+        Group("log-file", logged_file, COST + FLUSHED_COST, tempfile.gettempdir()),
     ]
 
 
-def measure(group: Group, loads: dict[str, Load], rounds: int, seconds: float) -> None:
+def measure(group: Group, loads: dict[str, Load], count: int, seconds: float) -> None:
     """All loads of a group on the same disks; prints one table."""
-    table = Table(title=f"{group.name}: requests a second", title_justify="left")
-    table.add_column("load")
-    for name in group.disks:
-        table.add_column(name, justify="right")
-    for name in list(group.disks)[1:]:
-        table.add_column(f"{group.first} : {name}", justify="right", style="bold")
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(_directory(group.where)))
+        kind = f" ({_filesystem(directory)})" if group.where else ""
+        table = Table(title=f"{group.name}{kind}: requests a second", title_justify="left")
+        table.add_column("load")
+        for name in group.disks:
+            table.add_column(name, justify="right")
+        for name in list(group.disks)[1:]:
+            table.add_column(f"{group.first} : {name}", justify="right", style="bold")
         # The first file there is gets the memory that was freed last, in pieces: it is up to a
         # fifth slower, whoever serves it (tried with all disks alike). So this one is first.
         disks.backing_file(directory)
-        files = {}
+        files: dict[str, Path] = {}
+        gone: dict[str, str] = {}
         for number, (name, disk) in enumerate(group.disks.items()):
-            (directory / str(number)).mkdir()
-            files[name] = stack.enter_context(disk(directory / str(number)))
+            files[name] = directory / str(number)
+            files[name].mkdir()
+            with console.status(f"{group.name}: {name}"):
+                try:
+                    files[name] = stack.enter_context(disk(files[name]))
+                    # healfs's log is memory that nobody has touched, a peer has threads to start.
+                    WARM.run(files[name], max(1.0, seconds))
+                except (*NOT_THERE, FioFailed) as error:
+                    gone[name] = _one_line(error)
         for load_name, load in loads.items():
-            found: dict[str, list[float]] = {name: [] for name in files}
-            for number in range(rounds):
-                for name, file in files.items():
-                    if load.writes:
-                        os.sync()  # nobody pays for what another has left in the page cache
-                    with console.status(f"{group.name} {load_name} {number + 1}/{rounds}: {name}"):
-                        found[name].append(load.run(file, seconds))
-            table.add_row(load_name, *_figures(found))
-    console.print(table)
+            with console.status("") as status:
+
+                def now(number: int, name: str, row: str = f"{group.name}/{load_name}") -> None:
+                    status.update(f"{row} {number + 1}/{count}: {name}")
+
+                run = partial(load.run, seconds=seconds)
+                row = rounds.measure(run, files, count, gone, now)
+            table.add_row(load_name, *row.cells())
+            for name, why in row.failed.items():
+                _failed(f"{group.name}/{load_name}, {name}", why)
+        console.print(table)
+
+
+# What a program that is not there, or does not do what it should, makes of its disk.
+NOT_THERE = (OSError, RuntimeError, subprocess.SubprocessError)
+
+
+def _failed(row: str, why: str) -> None:
+    failures.append(f"{row}: {why}")
+    _say(f"failed: {failures[-1]}")
+
+
+def _say(line: str) -> None:
+    console.print(line, style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())
+
+
+def attempt(row: str, call: Callable[[], None]) -> None:
+    """Whatever goes wrong, the rows after it are measured."""
+    try:
+        call()
+    except Exception as error:
+        _failed(row, f"{type(error).__name__}: {_one_line(error)}")
 
 
 def _directory(where: str | None) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="healfs-bench-", dir=where)
 
 
-def _figures(found: dict[str, list[float]]) -> list[str]:
-    first, *others = found.values()
-    cells = [f"{statistics.median(values):,.0f}" for values in found.values()]
-    for values in others:
-        ratios = [mine / theirs for mine, theirs in zip(first, values, strict=True)]
-        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return cells
+def _filesystem(directory: Path) -> str:
+    command = ("findmnt", "-n", "-o", "FSTYPE", "-T", directory)
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return printed.split()[-1]  # of those mounted over each other, the last
 
 
 def print_memory() -> None:
@@ -155,8 +196,11 @@ def print_standstill(name: str, what: str, ends: int) -> None:
     console.print(table)
 
 
-def print_recovery(outages: tuple[float, ...], times: int) -> None:
-    title = f"recovery: the server listens -> the first parked write is answered, {times} times, ms"
+def print_recovery(kind: str, outages: tuple[float, ...], times: int) -> None:
+    title = (
+        f"recovery-{kind}: the server listens -> the first parked write is answered, ms; "
+        f"{times} outages of each length, and up to {recovery.PHASE:g} s more"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("outage")
     for name in recovery.PEERS:
@@ -164,10 +208,17 @@ def print_recovery(outages: tuple[float, ...], times: int) -> None:
         table.add_column("worst", justify="right")
     for outage in outages:
         cells = []
-        for peer in recovery.PEERS.values():
-            with _directory(None) as directory:
-                found = recovery.measure(peer, Path(directory), outage, times)
-            cells += [f"{statistics.median(found) * 1e3:,.1f}", f"{max(found) * 1e3:,.1f}"]
+        for name, peer in recovery.PEERS.items():
+            row = f"recovery-{kind}, {outage:g} s, {name}"
+            try:
+                with console.status(row), _directory(None) as directory:
+                    found = recovery.measure(
+                        peer, Path(directory), outage, times, tcp=kind == "tcp"
+                    )
+                cells += [f"{statistics.median(found) * 1e3:,.1f}", f"{max(found) * 1e3:,.1f}"]
+            except NOT_THERE as error:
+                cells += ["failed", "failed"]
+                _failed(row, _one_line(error))
         table.add_row(f"{outage:g} s", *cells)
     console.print(table)
 
@@ -175,7 +226,7 @@ def print_recovery(outages: tuple[float, ...], times: int) -> None:
 def print_crowd() -> None:
     with _directory(None) as directory:
         let_go = crowd.release(Path(directory))
-    console.print("10,000 parked writes released")
+    console.print(f"10,000 parked writes released, {crowd.ROUNDS} times")
     console.print(f"  a second                       {let_go.released:,.0f}")
     console.print(f"  a second, healthy              {let_go.healthy:,.0f}")
     console.print(f"  longest absence of the loop    {let_go.longest_away * 1e3:.1f} ms")
@@ -185,7 +236,7 @@ def print_crowd() -> None:
     ):
         with _directory(None) as directory:
             found = measure(Path(directory))
-        console.print(f"CPU of the worker for {title}")
+        console.print(f"CPU of the worker for {title}, median of {crowd.ROUNDS}")
         for count, seconds in found.items():
             console.print(f"  {count:>6,}                         {seconds * 1e6:.1f} us")
 
@@ -196,23 +247,57 @@ def print_idle() -> None:
     console.print(f"{crowd.IDLE_MOUNTS} idle mounts: {share:.2%} of a core together")
 
 
+def _seconds(_: click.Context, __: click.Parameter, given: str) -> tuple[float, ...]:
+    try:
+        lengths = tuple(float(one) for one in given.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) <= 0:
+        raise click.BadParameter("seconds, with commas between: 0.5,2")
+    return lengths
+
+
+def _pattern(_: click.Context, __: click.Parameter, given: str) -> re.Pattern[str]:
+    try:
+        return re.compile(given)
+    except re.error as error:
+        raise click.BadParameter(f"no regex: {error}") from None
+
+
 @click.command()
 @click.option(
     "--rows",
     default="",
-    help="Only rows (GROUP/LOAD, recovery, crowd, standstill-file, upgrade-nbd, idle, memory, ...) "
-    "that match this regex.",
+    callback=_pattern,
+    help="Only rows (GROUP/LOAD, recovery-unix, crowd, standstill-file, upgrade-nbd, idle, memory, "
+    "...) that match this regex.",
 )
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--rounds", "count", default=7, show_default=True, type=click.IntRange(1))
 @click.option(
     "--kills",
     default=10,
     show_default=True,
+    type=click.IntRange(1),
     help="Of the worker, and upgrades, for the standstill.",
 )
-@click.option("--outages", default=5, show_default=True, help="Of each length, for the recovery.")
-@click.option("--minute", is_flag=True, help="Outages of 60 s, too.")
-@click.option("--seconds", default=2.0, show_default=True, help="One run of fio.")
+@click.option(
+    "--outages",
+    default="0.5,2",
+    show_default=True,
+    callback=_seconds,
+    help="For the recovery, in seconds. All that the goals name: "
+    "--outages 0.5,2,10,60 --times 20, which takes two hours.",
+)
+@click.option(
+    "--times", default=5, show_default=True, type=click.IntRange(1), help="Of each outage."
+)
+@click.option(
+    "--seconds",
+    default=2.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    help="One run of fio, besides 0.3 s that are not measured.",
+)
 @click.option(
     "--beside",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -220,34 +305,57 @@ def print_idle() -> None:
 )
 @click.option("--switch", default="", help="For healfs's worker: see switch/sitecustomize.py.")
 def main(
-    rows: str,
-    rounds: int,
+    rows: re.Pattern[str],
+    count: int,
     kills: int,
-    outages: int,
-    minute: bool,
+    outages: tuple[float, ...],
+    times: int,
     seconds: float,
     beside: Path | None,
     switch: str,
 ) -> None:
     """Measure healfs beside qemu-storage-daemon's FUSE export and nbdfuse."""
+    plan: list[tuple[str, Callable[[], None]]] = []
     for group in groups(beside, switch):
-        wanted = {
-            name: LOADS[name] for name in group.loads if re.search(rows, f"{group.name}/{name}")
-        }
+        wanted = {name: LOADS[name] for name in group.loads if rows.search(f"{group.name}/{name}")}
         if wanted:
-            measure(group, wanted, rounds, seconds)
-    if re.search(rows, "recovery"):
-        print_recovery(recovery.OUTAGES + (60.0,) * minute, outages)
-    if re.search(rows, "crowd"):
-        print_crowd()
+            plan.append((group.name, partial(measure, group, wanted, count, seconds)))
+    others: dict[str, Callable[[], None]] = {
+        f"recovery-{kind}": partial(print_recovery, kind, outages, times)
+        for kind in ("unix", "tcp")
+    }
+    others["crowd"] = print_crowd
     for what in STANDSTILLS:
         for name in ("file", "nbd"):
-            if re.search(rows, f"{what}-{name}"):
-                print_standstill(name, what, kills)
-    if re.search(rows, "idle"):
-        print_idle()
-    if re.search(rows, "memory"):
-        print_memory()
+            others[f"{what}-{name}"] = partial(print_standstill, name, what, kills)
+    others |= {"idle": print_idle, "memory": print_memory}
+    plan += [(name, call) for name, call in others.items() if rows.search(name)]
+    if not plan:
+        raise click.BadParameter(f"no row matches {rows.pattern}", param_hint="--rows")
+    notes = _notes(beside)
+    for line in notes:
+        _say(line)
+    for name, call in plan:
+        attempt(name, call)
+    for line in notes:  # again: the first one has long been scrolled away
+        _say(line)
+    if failures:
+        _say(f"{len(failures)} failed:")
+        for line in failures:
+            _say(f"  {line}")
+        sys.exit(1)
+
+
+def _notes(beside: Path | None) -> list[str]:
+    trees: dict[str, Path | None] = {"healfs": None}
+    if beside is not None:
+        trees[str(beside)] = beside
+    return [
+        f"{name} runs as plain Python here, not compiled ({why}): its figures say nothing of what "
+        "make setup installs where there is a C compiler"
+        for name, tree in trees.items()
+        if (why := disks.why_plain(tree))
+    ]
 
 
 if __name__ == "__main__":

@@ -17,16 +17,17 @@ from unittest import mock
 import nbd
 
 from tests.bench.load import DISK_BYTES
-from tests.mounts import ROOT, HealfsMount
+from tests.mounts import HEALFS, ROOT, HealfsMount
 
 SWITCH = Path(__file__).parent / "switch"
 BLOCK = os.urandom(4096)
 DEADLINE = 30.0  # seconds for a server to be there, or to end
+LIMIT = 4 * 3600.0  # seconds of a mount of healfs: longer than a group of rows takes
 
 Disk = Callable[[Path], AbstractContextManager[Path]]
 
 
-def backing_file(directory: Path) -> Path:
+def backing_file(directory: Path, size: int = DISK_BYTES) -> Path:
     """In the page cache and on the disk, no hole: a first write of a block is like any other.
 
     Written by 4 KiB: longer writes leave large folios, and then what is measured in a random
@@ -34,7 +35,7 @@ def backing_file(directory: Path) -> Path:
     """
     path = directory / "backing.img"
     with path.open("wb", buffering=0) as file:
-        for _ in range(DISK_BYTES >> 12):
+        for _ in range(size >> 12):
             file.write(BLOCK)
         os.fsync(file.fileno())
     return path
@@ -55,9 +56,11 @@ def process(*command: str | Path, quiet: bool = False) -> Iterator[subprocess.Po
             running.wait()
 
 
-def wait_for(holds: Callable[[], bool], what: str) -> None:
+def wait_for(holds: Callable[[], bool], what: str, running: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + DEADLINE
     while not holds():
+        if running.poll() is not None:
+            raise RuntimeError(f"{what} ended at once, with {running.returncode}")
         if time.monotonic() > until:
             raise TimeoutError(f"{what} is not there after {DEADLINE:g} s")
         time.sleep(0.01)
@@ -71,7 +74,7 @@ def nbdkit(
     path = directory / "nbd.sock"
     with process("nbdkit", "-f", "-U", path, *plugin, quiet=quiet) as server:
         uri = f"nbd+unix:///?socket={path}"
-        wait_for(lambda: _answers(uri), "nbdkit")
+        wait_for(lambda: _answers(uri), "nbdkit", server)
         yield server, uri
 
 
@@ -103,14 +106,38 @@ def healfs_mount(
     source: str | Path, switch: str, tree: Path | None, *options: str
 ) -> Iterator[HealfsMount]:
     """`switch` is for the worker (see switch/sitecustomize.py), `tree` another source tree."""
-    # Safe path: else `python -m` finds the working directory before another source tree.
-    paths = [str(path) for path in (SWITCH if switch else None, tree, ROOT) if path]
-    changed = {"HEALFS_BENCH_SWITCH": switch, "PYTHONSAFEPATH": "1"}
-    changed["PYTHONPATH"] = ":".join(paths)
-    with mock.patch.dict(os.environ, changed):
-        mount = HealfsMount(source, *options, limit=7200)
+    with mock.patch.dict(os.environ, _environment(switch, tree)):
+        mount = HealfsMount(source, *options, limit=LIMIT)
     with contextlib.closing(mount):
         yield mount
+
+
+def _environment(switch: str, tree: Path | None) -> dict[str, str]:
+    # Safe path: else `python -m` finds the working directory before another source tree.
+    paths = [str(path) for path in (SWITCH if switch else None, tree, ROOT) if path]
+    return {
+        "HEALFS_BENCH_SWITCH": switch,
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": ":".join(paths),
+    }
+
+
+WHY_PLAIN = """
+try:
+    from healfs.compiled import why_plain
+except ImportError:
+    why_plain = "it has nothing that can be compiled"
+print(why_plain)
+"""
+
+
+def why_plain(tree: Path | None = None) -> str:
+    """Why this healfs is plain Python; "": it is compiled."""
+    command = (HEALFS.parent / "python", "-c", WHY_PLAIN)
+    environment = os.environ | _environment("", tree)
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
 
 
 def healfs_file(switch: str = "", tree: Path | None = None) -> Disk:
@@ -143,21 +170,26 @@ def qemu_file(directory: Path) -> Iterator[Path]:
         "--export",
         f"type=fuse,id=export,node-name=disk,mountpoint={mountpoint},writable=on",
     )
-    with process(*command):
-        wait_for(lambda: mountpoint.stat().st_size > 0, "qemu-storage-daemon")
+    with process(*command) as daemon:
+        wait_for(lambda: mountpoint.stat().st_size > 0, "qemu-storage-daemon", daemon)
         yield mountpoint
 
 
 @contextlib.contextmanager
-def nbdfuse(directory: Path, uri: str) -> Iterator[Path]:
+def mounting(directory: Path, *command: str | Path) -> Iterator[Path]:
+    """`command`, which shows disk.img in the directory's mnt."""
     mountpoint = directory / "mnt"
     mountpoint.mkdir()
-    with process("nbdfuse", mountpoint / "disk.img", uri):
+    with process(*command) as running:
         try:
-            wait_for(lambda: (mountpoint / "disk.img").exists(), "nbdfuse")
+            wait_for(mountpoint.is_mount, Path(command[0]).name, running)
             yield mountpoint / "disk.img"
         finally:
             subprocess.run(("umount", "-q", "-l", mountpoint), check=False)
+
+
+def nbdfuse(directory: Path, uri: str) -> AbstractContextManager[Path]:
+    return mounting(directory, "nbdfuse", directory / "mnt" / "disk.img", uri)
 
 
 @contextlib.contextmanager
@@ -173,17 +205,21 @@ def nbdfuse_file(directory: Path) -> Iterator[Path]:
         yield file
 
 
+def limit(directory: Path, source: Path) -> AbstractContextManager[Path]:
+    """What /dev/fuse allows, with a file or the socket of an NBD server: see limit.c."""
+    program = directory / "limit"
+    text = Path(__file__).parent / "limit.c"
+    subprocess.run(("gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, text), check=True)
+    return mounting(directory, program, source, directory / "mnt")
+
+
 @contextlib.contextmanager
-def limit(directory: Path) -> Iterator[Path]:
-    """What /dev/fuse allows: see limit.c."""
-    backing = backing_file(directory)
-    program, mountpoint = directory / "limit", directory / "mnt"
-    mountpoint.mkdir()
-    source = Path(__file__).parent / "limit.c"
-    subprocess.run(("gcc", "-O2", "-Wall", "-Werror", "-o", program, source), check=True)
-    with process(program, backing, mountpoint):
-        try:
-            wait_for(mountpoint.is_mount, "limit")
-            yield mountpoint / "disk.img"
-        finally:
-            subprocess.run(("umount", "-q", "-l", mountpoint), check=False)
+def limit_file(directory: Path) -> Iterator[Path]:
+    with limit(directory, backing_file(directory)) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def limit_nbd(directory: Path) -> Iterator[Path]:
+    with nbdkit_memory(directory), limit(directory, directory / "nbd.sock") as file:
+        yield file
