@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -74,9 +75,10 @@ def _findings(status: dict[str, Any], mountpoint: str) -> Iterator[Finding]:
             f"healfs doctor {mountpoint} # again, when it is ready",
         )
     else:
-        nbd = str(status.get("source")).startswith("nbd")
-        yield from _abilities(abilities, nbd)
-        if not _is_read_only(status):
+        nbd = bool(re.match(r"nbds?(\+unix)?://", str(status.get("source"))))
+        read_only = _is_read_only(status)
+        yield from _abilities(abilities, nbd, read_only)
+        if not read_only:
             yield from _lacks(abilities, nbd)
     for note in map(str, status.get("notes") or []):
         if not note.startswith("the server cannot flush"):  # an error above
@@ -84,8 +86,16 @@ def _findings(status: dict[str, Any], mountpoint: str) -> Iterator[Finding]:
             yield Finding("note", Level.WARNING, note, mend.format(mountpoint))
     policy = status.get("policy") or {}
     for direction, key in (("read", "rerror"), ("write", "werror")):
-        error = (policy.get(direction) or {}).get(key)
-        if error not in (None, "retry"):
+        rules = policy.get(direction) or {}
+        error = rules.get(key)
+        if error == "retry" and (seconds := rules.get("retry_timeout")):
+            yield Finding(
+                f"policy, {direction}s",
+                Level.NOTE,
+                f"an outage is waited out for {seconds:g} s, then: {rules.get('then')}",
+                f"healfs policy --{direction}-retry-timeout 0 {mountpoint}",
+            )
+        elif error not in (None, "retry"):
             yield Finding(
                 f"policy, {direction}s",
                 Level.NOTE,
@@ -94,8 +104,10 @@ def _findings(status: dict[str, Any], mountpoint: str) -> Iterator[Finding]:
             )
 
 
-def _abilities(abilities: dict[str, Any], nbd: bool) -> Iterator[Finding]:
-    if not abilities.get("flush"):
+def _abilities(abilities: dict[str, Any], nbd: bool, read_only: bool) -> Iterator[Finding]:
+    if read_only:
+        yield Finding("backend", Level.OK, "read-only: nothing is to be flushed")
+    elif not abilities.get("flush"):
         yield Finding(
             "backend",
             Level.ERROR,

@@ -7,7 +7,7 @@ command line is seen; a disk that was plugged in later is not in it, and what is
 from __future__ import annotations
 
 import json
-import os.path
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,12 +41,17 @@ class Guest:
     name: str
     aio: str = "threads"
     no_flush: bool = False
+    ignores: set[str] = field(default_factory=set)  # werror, rerror
     named: bool = False
     buses: list[str] = field(default_factory=list)  # QEMU's names: virtio-blk-pci, ide-hd, ...
 
 
 def guests_of(file: str, proc: Path = Path("/proc")) -> list[Guest]:
-    return [guest for entry in proc.iterdir() if (guest := _guest_of(entry, file))]
+    try:
+        entries = list(proc.iterdir())
+    except OSError:
+        return []
+    return [guest for entry in entries if (guest := _guest_of(entry, file))]
 
 
 def _guest_of(process: Path, file: str) -> Guest | None:
@@ -63,7 +68,7 @@ def _guest_of(process: Path, file: str) -> Guest | None:
 def _command(process: Path) -> list[str]:
     """The arguments of a QEMU; [] for anything else."""
     try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        words = os.fsdecode((process / "cmdline").read_bytes()).split("\0")
     except OSError:
         return []
     return words if Path(words[0]).name.startswith(("qemu-system-", "qemu-kvm", "kvm")) else []
@@ -108,6 +113,7 @@ def _guest(pid: int, command: list[str], file: str, directory: str) -> Guest:
     for device in devices:
         if str(device.get("drive", "")) in nodes.names:
             guest.buses.append(_bus(device, devices))
+            nodes.note_ignored(device)
     return guest
 
 
@@ -123,35 +129,59 @@ class _Nodes:
         return os.path.normpath(os.path.join(self._directory, path)) == self._file
 
     def of_blockdevs(self, blockdevs: list[dict[str, Any]]) -> None:
-        passed = [b for b in blockdevs if _filename(b).startswith("/dev/fdset/")]
-        for node in blockdevs:
+        files = [(node, key) for node in blockdevs for key in node if _last(key) == "filename"]
+        passed = [(node, key) for node, key in files if str(node[key]).startswith("/dev/fdset/")]
+        for node, key in files:
             # Of descriptors that were passed nobody says which file they are; a single one is it.
-            if self.is_file(_filename(node)) or [node] == passed:
-                self._add(node, "node-name")
+            if self.is_file(node[key]) or [(node, key)] == passed:
+                self._add(node, key)
         for _ in blockdevs:  # format nodes, filters: each names what is below it
             for node in blockdevs:
-                if self.names & {str(node.get(key, "")) for key in ("file", "backing")}:
-                    self._add(node, "node-name")
+                self._add_what_is_on_it(node)
 
     def of_drive(self, drive: dict[str, Any], interface: str) -> None:
-        if not self.is_file(drive.get("file", "")) and not self.is_file(_filename(drive)):
-            return
-        self._add(drive, "id")
+        if str(drive.get("file")).startswith("json:{"):
+            drive |= {f"file.{k}": v for k, v in _keys(drive["file"].removeprefix("json:")).items()}
+        for key in list(drive):
+            if (key == "file" or _last(key) == "filename") and self.is_file(drive[key]):
+                self._add(drive, "file.filename" if key == "file" else key)
+                break
+        else:
+            if not self._add_what_is_on_it(drive):
+                return
+        self.note_ignored(drive)
         if (given := str(drive.get("if", interface))) != "none":
             self._guest.buses.append(given)
 
-    def _add(self, node: dict[str, Any], name: str) -> None:
+    def note_ignored(self, options: dict[str, Any]) -> None:
+        self._guest.ignores |= {k for k in ("werror", "rerror") if options.get(k) == "ignore"}
+
+    def _add_what_is_on_it(self, node: dict[str, Any]) -> bool:
+        below = [k for k in node if _last(k) in _BELOW and str(node[k]) in self.names]
+        for key in below:
+            self._add(node, key)
+        return bool(below)
+
+    def _add(self, node: dict[str, Any], key: str) -> None:
+        """`key` says where in it the file is, or a node that leads there: what is above, does so,
+        too."""
         guest = self._guest
         guest.named = True
-        if name in node:
-            self.names.add(str(node[name]))
-        guest.aio = str(node.get("aio", node.get("file.aio", guest.aio)))
+        parts = key.split(".")[:-1]
+        levels = ["".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts) + 1)]
+        for level in levels:  # the deepest last
+            names = (node.get(f"{level}node-name"), node.get("id") if not level else None)
+            self.names |= {str(name) for name in names if name is not None}
+            guest.aio = str(node.get(f"{level}aio", guest.aio))
+            guest.no_flush |= _yes(node.get(f"{level}cache.no-flush"))
         guest.no_flush |= node.get("cache") == "unsafe"
-        guest.no_flush |= any(_yes(node.get(f"{at}cache.no-flush")) for at in ("", "file."))
 
 
-def _filename(node: dict[str, Any]) -> str:
-    return str(node.get("filename", node.get("file.filename", "")))
+_BELOW = ("file", "backing", "data-file")  # the keys by which a node names another
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _bus(device: dict[str, Any], devices: list[dict[str, Any]]) -> str:
@@ -243,6 +273,15 @@ def _findings(guest: Guest, mountpoint: str) -> Iterator[Finding]:
             check,
             Level.ERROR,
             "the guest's flushes are thrown away by QEMU: nothing is known to be stable",
+            right,
+        )
+    if guest.ignores:
+        good = False
+        yield Finding(
+            check,
+            Level.ERROR,
+            f"{', '.join(sorted(guest.ignores))}=ignore: the guest takes what healfs answers "
+            "with an error for done",
             right,
         )
     for bus in guest.buses or ["no device"]:

@@ -17,7 +17,7 @@ from healfs.doctor.finding import Finding, Level
 
 RESEND_SINCE = (6, 9)
 MAX_PAGES = 256  # of 4 KiB: requests of 1 MiB
-LOG_BYTES = 64 << 20  # of a mount with the default --log-size
+LOG_BYTES = (64 << 20) + (1040 << 10)  # of the default --log-size and --log-entries
 BACKGROUND = 65535
 
 
@@ -34,6 +34,7 @@ class Host:
     memlock: int | None = field(
         default_factory=lambda: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     )
+    groups: tuple[int, ...] = field(default_factory=lambda: (os.getegid(), *os.getgroups()))
     which: Callable[[str], str | None] = shutil.which
     plain: str = compiled.why_plain
 
@@ -52,6 +53,11 @@ class Host:
             return (self.root / path).read_text(errors="replace").strip()
         except OSError:
             return None
+
+    def may_read(self, path: str) -> bool:
+        """What is not there has nothing to be read."""
+        there = self.root / path
+        return not os.path.exists(there) or os.access(there, os.R_OK)
 
     def is_setuid(self, program: str) -> bool:
         try:
@@ -147,7 +153,15 @@ def _users_own(host: Host) -> Iterator[Finding]:
             host.as_root(f"chmod u+s {program}"),
         )
     lines = (host.text("etc/fuse.conf") or "").splitlines()
-    if "user_allow_other" not in (line.strip() for line in lines):
+    if not host.may_read("etc/fuse.conf"):
+        yield Finding(
+            "/etc/fuse.conf",
+            Level.NOTE,
+            "this user may not read it: whether --allow-other, which libvirt needs, is for root "
+            "only is not known",
+            host.as_root("grep user_allow_other /etc/fuse.conf"),
+        )
+    elif "user_allow_other" not in (line.partition("#")[0].strip() for line in lines):
         yield Finding(
             "/etc/fuse.conf",
             Level.NOTE,
@@ -173,7 +187,7 @@ def _memory_lock(host: Host) -> Iterator[Finding]:
     yield Finding(
         "memlock",
         Level.WARNING,
-        f"{format_size(host.memlock)} may be locked, a write log has {format_size(LOG_BYTES)} "
+        f"{format_size(host.memlock)} may be locked, a write log needs {format_size(LOG_BYTES)} "
         "(the default --log-size): it may be swapped out, and a kill of the worker then may be "
         "an error of the guest",
         host.write("'* - memlock unlimited'", "/etc/security/limits.d/healfs.conf")
@@ -203,7 +217,8 @@ def _hung_tasks(host: Host) -> Iterator[Finding]:
 
 def _io_uring(host: Host) -> Iterator[Finding]:
     disabled = host.number("proc/sys/kernel/io_uring_disabled")
-    if disabled == 2 or (disabled == 1 and host.uid != 0):
+    privileged = host.uid == 0 or host.number("proc/sys/kernel/io_uring_group") in host.groups
+    if disabled == 2 or (disabled == 1 and not privileged):
         yield Finding(
             "kernel.io_uring_disabled",
             Level.NOTE,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 
 import healfs
+from healfs.config import MountConfig
 from healfs.core.states import State
+from healfs.core.writelog import memory_size
 from healfs.doctor import disk, guests, host
 from healfs.doctor.finding import Finding, Level
 
@@ -49,9 +53,8 @@ def look(root: Path, release: str = "6.9.0", uid: int = 1000, **more: Any) -> di
 
 def all_can_be_mended(found: list[Finding], root: str = "") -> bool:
     """A line for a shell: a known command with its arguments, or a comment. None for what is ok."""
-    known = (
-        rf"# |healfs [a-z]+|{root}(sysctl|modprobe|chmod|apt-get|mount) |echo \S.* \| {root}tee "
-    )
+    commands = rf"{root}(sysctl|modprobe|chmod|apt-get|mount|grep) "
+    known = rf"# |healfs [a-z]+|{commands}|echo \S.* \| {root}tee "
     return all(
         bool(re.match(f"{known}|ulimit ", f.mend)) is (f.level is not Level.OK)
         and subprocess.run(["sh", "-n", "-c", f.mend]).returncode == 0
@@ -89,13 +92,36 @@ def test_what_no_file_tells(root: Path) -> None:
     assert look(root, "6.1.0-42-amd64")["kernel"].level is Level.ERROR
     assert look(root, "10.0")["kernel"].level is Level.OK
     assert look(root, memlock=8 << 20)["memlock"].level is Level.WARNING
-    assert look(root, memlock=64 << 20).keys() == look(root, memlock=None).keys()
+    # What healfs asks for: the payloads, and the table of their requests.
+    default = {option.name: option.default for option in dataclasses.fields(MountConfig)}
+    enough = memory_size(default["log_size"], default["log_entries"])
+    assert look(root, memlock=enough).keys() == look(root, memlock=None).keys()
+    assert look(root, memlock=enough - 1)["memlock"].level is Level.WARNING
     assert "apt-get install fuse3" in look(root, which=lambda name: None)["fusermount3"].mend
     (root / "bin/fusermount3").chmod(0o755)
     assert look(root)["fusermount3"].mend == "sudo chmod u+s /bin/fusermount3"
     (root / "dev/fuse").unlink()
     assert look(root)["/dev/fuse"].mend == "sudo modprobe fuse"
     assert look(root, uid=0)["/dev/fuse"].mend == "modprobe fuse"
+
+
+def test_a_comment_behind_an_option_of_fuse_conf(root: Path) -> None:
+    (root / "etc/fuse.conf").write_text("user_allow_other # for libvirt\n")
+    assert "/etc/fuse.conf" not in look(root)
+
+
+def test_a_fuse_conf_that_only_root_reads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "fuse.conf")
+    monkeypatch.setattr(host.Host, "text", lambda here, path: None)
+    found = look(root)["/etc/fuse.conf"]
+    assert found.level is Level.NOTE and "not known" in found.text and "grep" in found.mend
+
+
+def test_the_group_that_may_use_io_uring(root: Path) -> None:
+    (root / "proc/sys/kernel/io_uring_disabled").write_text("1\n")
+    (root / "proc/sys/kernel/io_uring_group").write_text("108\n")
+    assert "kernel.io_uring_disabled" in look(root, groups=(1000,))
+    assert "kernel.io_uring_disabled" not in look(root, groups=(1000, 108))
 
 
 def test_a_host_that_panics(root: Path) -> None:
@@ -131,6 +157,9 @@ def blockdev(**keys: Any) -> str:
     return json.dumps(keys)
 
 
+NODE = ("-blockdev", f"driver=file,filename={FILE},node-name=d")
+
+
 def test_a_drive_with_threads_is_well(tmp_path: Path) -> None:
     (finding,) = one(tmp_path, "-name", "vm1", "-drive", f"file={FILE},if=virtio,format=raw")
     assert finding.level is Level.OK and finding.check == "guest vm1 (pid 7)"
@@ -157,10 +186,66 @@ def test_libvirts_nodes_are_followed_to_the_device(tmp_path: Path) -> None:
     assert found[0].check == "guest web (pid 7)" and "IDE or SATA" in found[1].text
 
 
+def nested(**bottom: Any) -> str:
+    """As Proxmox VE 9 writes it: a filter on a format on a file, one in the other."""
+    bottom = {"driver": "file", "filename": FILE, **bottom}
+    image = {"driver": "raw", "file": bottom, "node-name": "f"}
+    return blockdev(driver="throttle", file=image, **{"node-name": "drive-scsi0"})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-blockdev", nested(aio="io_uring")),
+        ("-drive", f'file=json:{{"driver":"file",,"filename":"{FILE}",,"aio":"native"}},if=none'),
+    ],
+)
+def test_a_file_in_the_depth_of_a_node(tmp_path: Path, arguments: tuple[str, str]) -> None:
+    option, value = arguments
+    if option == "-drive":
+        value += ",id=drive-scsi0"
+    device = "scsi-hd,bus=a.0,drive=drive-scsi0"
+    (finding,) = one(tmp_path, option, value, "-device", "virtio-scsi-pci,id=a", "-device", device)
+    assert finding.level is Level.ERROR and "aio=" in finding.text
+
+
+def test_a_drive_that_is_named_by_its_node(tmp_path: Path) -> None:
+    drive = f"file={FILE},if=none,node-name=d"
+    (finding,) = one(tmp_path, "-drive", drive, "-device", "virtio-blk-pci,drive=d")
+    assert finding.level is Level.OK
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*NODE, "-device", "virtio-blk-pci,drive=d,werror=ignore,rerror=stop"),
+        ("-drive", f"file={FILE},if=virtio,werror=ignore"),
+    ],
+)
+def test_errors_that_the_guest_is_not_told(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    (finding,) = one(tmp_path, *arguments)
+    assert finding.level is Level.ERROR and finding.text.startswith("werror=ignore: ")
+
+
+def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    file = os.fsdecode(b"/srv/\xe4/disk.img")
+    process(tmp_path / "proc", "qemu-system-x86_64", opened=file)
+    line = b"qemu-system-x86_64\0-drive\0file=/srv/\xe4/disk.img,if=virtio\0"
+    (tmp_path / "proc/7/cmdline").write_bytes(line)
+    (finding,) = guests.examine(file, "/srv/x", tmp_path / "proc")
+    assert finding.level is Level.OK
+
+
+def test_no_proc(tmp_path: Path) -> None:
+    assert guests.examine(FILE, MOUNTPOINT, tmp_path / "none") == []
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("-drive", f"file={FILE},if=virtio,cache=unsafe"),
+        ("-blockdev", nested(cache={"no-flush": True, "direct": True}).replace("drive-scsi0", "d")),
         ("-drive", f"file={FILE},if=virtio,cache.no-flush=on"),
         ("-drive", f"file.filename={FILE},if=virtio,file.cache.no-flush=on"),
         ("-blockdev", f"driver=file,filename={FILE},node-name=d,cache.no-flush=on"),
@@ -178,9 +263,6 @@ def test_libvirts_nodes_are_followed_to_the_device(tmp_path: Path) -> None:
 def test_flushes_that_are_thrown_away(tmp_path: Path, arguments: tuple[str, str]) -> None:
     (finding,) = one(tmp_path, *arguments, "-device", "virtio-blk-pci,drive=d")
     assert finding.level is Level.ERROR and "flushes are thrown away" in finding.text
-
-
-NODE = ("-blockdev", f"driver=file,filename={FILE},node-name=d")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +398,8 @@ def status(**changed: Any) -> dict[str, Any]:
 def test_a_disk_with_which_all_is_well() -> None:
     assert {finding.level for finding in disk.examine(status())} == {Level.OK}
     read_only = {"values": {"read_only": {"value": True}}}
-    found = disk.examine(status(configuration=read_only, backend={"discard": False}))
+    lacks = {"discard": False, "flush": False}
+    found = disk.examine(status(configuration=read_only, backend=lacks))
     assert {finding.level for finding in found} == {Level.OK}
 
 
@@ -337,7 +420,12 @@ def test_a_disk_with_which_all_is_well() -> None:
         ),
         ({"backend": {"write_zeroes": False}}, Level.NOTE, "qemu-nbd"),
         ({"source": "/a", "backend": {"write_zeroes": False}}, Level.NOTE, "XFS"),
+        ({"source": "nbd/a", "backend": {"write_zeroes": False}}, Level.NOTE, "XFS"),
         ({"backend": {"discard": False}}, Level.NOTE, "--discard=unmap"),
+        (
+            {"policy": {"read": {"rerror": "retry", "retry_timeout": 30.0, "then": "report"}}},
+            *(Level.NOTE, f"healfs policy --read-retry-timeout 0 {MOUNTPOINT}"),
+        ),
         ({"backend": {"fua": False}}, Level.NOTE, "fua = true"),
         ({"notes": ["the keeper is gone: the"]}, Level.WARNING, f"healfs umount {MOUNTPOINT}"),
         ({"notes": ["the write log's 65 MiB of memory"]}, Level.WARNING, "LimitMEMLOCK"),
