@@ -179,7 +179,7 @@ _WRITE_SAME = {Opcode.WRITE_SAME_10, Opcode.WRITE_SAME_16}
 #: which command is which request; what is not here the device answers without the backend
 KIND: dict[Opcode, Kind] = {
     **dict.fromkeys(_READ, Kind.READ),
-    # the medium is read and, with BYTCHK, compared with the payload
+    # the medium is read; as in QEMU, it is compared with no payload (BYTCHK)
     **dict.fromkeys(_VERIFY, Kind.READ),
     **dict.fromkeys(_WRITE, Kind.WRITE),
     **dict.fromkeys(_WRITE_AND_VERIFY, Kind.WRITE),
@@ -270,6 +270,7 @@ def parse_cdb(cdb: bytes | memoryview) -> Cdb | Sense:
 _FUA = 0x08
 _UNMAP_BIT = 0x08
 _NDOB = 0x01  # WRITE SAME (16): no data-out buffer, the pattern is zeroes
+_BYTCHK = 0x06  # of VERIFY: there is a payload to compare with
 _PROTECT = 0xE0  # protection information, which no disk of ours has
 _SAME_UNSUPPORTED = 0x16  # ANCHOR, PBDATA, LBDATA
 
@@ -280,7 +281,7 @@ def decode(
     """The sense that refuses a command, or what the backend has to do, in order.
 
     `payload` is UNMAP's parameter list. An empty tuple needs no backend. The order of checks is
-    QEMU's: write protection, fields, range.
+    QEMU's: write protection, fields, range; of UNMAP and WRITE SAME fields first.
     """
     kind = KIND.get(cdb.opcode)
     if kind is None:
@@ -288,33 +289,35 @@ def decode(
     if kind is Kind.FLUSH:
         # The range is a hint: a flush of everything is always enough (SBC-3, 5.22).
         return (Parameters(kind, 0, 0),)
-    if limits.read_only and kind is not Kind.READ:
-        return WRITE_PROTECTED
     if kind is Kind.DISCARD:
         return _decode_unmap(cdb, limits, payload)
-    if cdb.flags & _PROTECT:
-        return INVALID_FIELD
+    same = cdb.opcode in _WRITE_SAME
     # A length of 0 would mean "to the end of the disk"; as in QEMU, VPD page B0 says that it
     # is refused (WSNZ).
-    if kind is Kind.WRITE_ZEROES and (cdb.flags & _SAME_UNSUPPORTED or not cdb.length):
+    if same and (cdb.flags & (_PROTECT | _SAME_UNSUPPORTED) or not cdb.length):
+        return INVALID_FIELD
+    if limits.read_only and kind is not Kind.READ:
+        return WRITE_PROTECTED
+    verify = cdb.opcode in _VERIFY
+    if cdb.flags & (_PROTECT | _BYTCHK if verify else _PROTECT):
         return INVALID_FIELD
     if cdb.lba + cdb.length > limits.blocks:
         return LBA_OUT_OF_RANGE
     if not cdb.length:
         return ()
-    same = cdb.opcode in _WRITE_SAME
-    return (
-        Parameters(
-            kind,
-            cdb.lba * limits.block_size,
-            cdb.length * limits.block_size,
-            # What was verified was read from the medium, so it is on it.
-            fua=cdb.opcode in _WRITE_AND_VERIFY
-            or (cdb.opcode in _READ | _WRITE and bool(cdb.flags & _FUA)),
-            may_unmap=same and bool(cdb.flags & _UNMAP_BIT),
-            pattern=same and not (cdb.opcode is Opcode.WRITE_SAME_16 and cdb.flags & _NDOB),
-        ),
+    fua = cdb.opcode in _READ | _WRITE and bool(cdb.flags & _FUA)
+    whole = Parameters(
+        kind,
+        cdb.lba * limits.block_size,
+        cdb.length * limits.block_size,
+        # What was verified was read from the medium, so it is on it.
+        fua=kind is Kind.WRITE and (fua or cdb.opcode in _WRITE_AND_VERIFY),
+        may_unmap=same and bool(cdb.flags & _UNMAP_BIT),
+        pattern=same and not (cdb.opcode is Opcode.WRITE_SAME_16 and cdb.flags & _NDOB),
     )
+    if kind is Kind.READ and (fua or verify):  # of the medium: what a cache has newer goes there
+        return (Parameters(Kind.FLUSH, 0, 0), whole)
+    return (whole,)
 
 
 def _decode_unmap(
@@ -330,6 +333,8 @@ def _decode_unmap(
     data_length, descriptors = struct.unpack_from(">HH", payload)
     if cdb.length < data_length + 2 or cdb.length < descriptors + 8 or descriptors % 16:
         return INVALID_PARAM_LEN
+    if limits.read_only:
+        return WRITE_PROTECTED
     ranges = list(struct.iter_unpack(">QI4x", payload[8 : 8 + descriptors]))
     # All are checked before any is done: a refused command has done nothing.
     if any(lba + blocks > limits.blocks for lba, blocks in ranges):

@@ -165,9 +165,6 @@ def test_descriptor_sense(information: int | None, data: str) -> None:
         (cdb10(0x2A, 5, 3), Kind.WRITE),
         (cdb12(0xAA, 5, 3), Kind.WRITE),
         (cdb16(0x8A, 5, 3), Kind.WRITE),
-        (cdb10(0x2F, 5, 3), Kind.READ),
-        (cdb12(0xAF, 5, 3), Kind.READ),
-        (cdb16(0x8F, 5, 3), Kind.READ),
         (cdb10(0x41, 5, 3), Kind.WRITE_ZEROES),
         (cdb16(0x93, 5, 3), Kind.WRITE_ZEROES),
     ],
@@ -191,7 +188,26 @@ def test_fua() -> None:
         assert run(fua) == (Parameters(Kind.WRITE, 0, 512, fua=True),)
     for verified in (cdb10(0x2E, 0, 1), cdb12(0xAE, 0, 1), cdb16(0x8E, 0, 1)):
         assert run(verified) == (Parameters(Kind.WRITE, 0, 512, fua=True),)
-    assert run(cdb10(0x28, 0, 1, 8)) == (Parameters(Kind.READ, 0, 512, fua=True),)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(cdb10(0x28, 5, 3, 8), cdb12(0xA8, 5, 3, 8), cdb16(0x88, 5, 3, 8)),
+        *(cdb10(0x2F, 5, 3), cdb12(0xAF, 5, 3), cdb16(0x8F, 5, 3)),
+    ],
+)
+def test_what_reads_the_medium_flushes_first(data: bytes) -> None:
+    """SBC-3, 4.15: what a volatile cache has newer is written to the medium before. A read has no
+    FUA of its own: its error would be taken for that of a flush."""
+    read = Parameters(Kind.READ, 5 * 512, 3 * 512)
+    assert run(data) == run(data, READ_ONLY) == (Parameters(Kind.FLUSH, 0, 0), read)
+
+
+@pytest.mark.parametrize("flags", [2, 4, 6])
+def test_verify_compares_with_no_payload(flags: int) -> None:
+    for data in cdb10(0x2F, 5, 3, flags), cdb12(0xAF, 5, 3, flags), cdb16(0x8F, 5000, 3, flags):
+        assert run(data) == INVALID_FIELD
 
 
 def test_read_6_has_21_bits_and_256_blocks_at_most() -> None:
@@ -246,10 +262,22 @@ def test_protection_information_comes_before_range(flags: int) -> None:
         assert run(cdb10(opcode, 5000, 1, flags)) == INVALID_FIELD
 
 
-@pytest.mark.parametrize("opcode", [o for o in KIND if KIND[o] not in (Kind.READ, Kind.FLUSH)])
+@pytest.mark.parametrize("opcode", [o for o in KIND if KIND[o] is Kind.WRITE])
 def test_write_protection_comes_first(opcode: Opcode) -> None:
     data = bytes([opcode]) + b"\xff" * 15
     assert run(data, READ_ONLY) == WRITE_PROTECTED
+
+
+def test_of_unmap_and_write_same_fields_come_first() -> None:
+    for data in cdb10(0x41, 0, 0), cdb10(0x41, 0, 8, 0x10), cdb16(0x93, 0, 8, 0x20):
+        assert run(data, READ_ONLY) == INVALID_FIELD
+    for data in cdb10(0x41, 5000, 8), cdb16(0x93, 0, 8, 0x09):
+        assert run(data, READ_ONLY) == WRITE_PROTECTED
+    one = unmap((5000, 8))
+    assert run(cdb10(0x42, 0, 24, 1), READ_ONLY, one) == INVALID_FIELD
+    assert run(cdb10(0x42, 0, 7), READ_ONLY, one) == INVALID_PARAM_LEN
+    assert run(cdb10(0x42, 0, 24), READ_ONLY, one) == WRITE_PROTECTED
+    assert run(cdb10(0x42, 0, 0), READ_ONLY) == ()
 
 
 def test_a_read_only_disk_reads() -> None:
