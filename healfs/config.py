@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -86,8 +88,19 @@ def spans(ranges: Iterable[Sequence[int]]) -> list[str]:
 
 def one_line(text: str) -> str:
     """Without line breaks and without what could steer a terminal: names come from anywhere."""
-    spaced = " ".join(text.split())
+    lines = (line.strip() for line in text.replace("\t", " ").splitlines())
+    spaced = " ".join(line for line in lines if line)
     return "".join("?" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
+
+
+def shell_word(text: str) -> str:
+    """For a command that is to be pasted; in $'...', which dash does not know, only where a line of
+    text cannot have it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    safe = (" " <= chr(byte) <= "~" and chr(byte) not in "\\'" for byte in os.fsencode(text))
+    parts = zip(os.fsencode(text), safe, strict=True)
+    return "$'" + "".join(chr(byte) if plain else f"\\{byte:03o}" for byte, plain in parts) + "'"
 
 
 @dataclass(frozen=True, slots=True)

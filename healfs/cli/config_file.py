@@ -112,7 +112,7 @@ def read(path: Path, ctx: click.Context) -> dict[str, Any]:
     text = _text(path)
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:  # of an integer of 5000 digits, too
         raise ConfigError(f"{path}: {exc}") from None
     parameters = dict(keys(ctx.command))
     values: dict[str, Any] = {}
@@ -178,6 +178,8 @@ def _value(value: Any, parameter: click.Parameter, ctx: click.Context, where: st
         raise ConfigError(f"{where}: write a list, such as [107]")
     if not isinstance(value, str | int):
         raise ConfigError(f'{where}: write a string or a number, such as "5s" or 64')
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ConfigError(f"{where}: the number is too large")
     if "\0" in str(value):
         raise ConfigError(f"{where}: a NUL character is in it; leave it out")
     if parameter.name in ("source", "mountpoint", "fault") and not _is_absolute(str(value)):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from healfs.cli.output import CliError, bad_input
+from healfs.config import shell_word
 from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
@@ -49,7 +50,7 @@ def advice(mount: Mount) -> str:
 
 
 def about_dead(mountpoint: str, log: str) -> str:
-    return f"see {log}; healfs umount {mountpoint} clears what it left"
+    return f"see {log}; healfs umount {shell_word(mountpoint)} clears what it left"
 
 
 def about_silent(log: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict, replace
 
 import click
@@ -12,7 +11,7 @@ from healfs.cli import exit_status
 from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import find
 from healfs.cli.output import cell, console, print_json, table
-from healfs.config import one_line
+from healfs.config import one_line, shell_word
 from healfs.control.client import ControlError, connect
 from healfs.control.mounts import Mount
 from healfs.doctor import disk, guests, host
@@ -50,9 +49,9 @@ def _of_mount(mount: Mount) -> list[Finding]:
         with connect(mount.control, _TIMEOUT) as client:
             return disk.examine(client.execute("healfs-query-status")) + found
     except ControlError as exc:
-        mend = f"less {shlex.quote(mount.log)}"
+        mend = f"less {shell_word(mount.log)}"
         if mount.is_dead():
-            mend = f"healfs umount {shlex.quote(mount.mountpoint)} # clears what it left"
+            mend = f"healfs umount {shell_word(mount.mountpoint)} # clears what it left"
         return [Finding("daemon", Level.ERROR, str(exc), mend), *found]
 
 

@@ -25,7 +25,7 @@ from healfs.cli.daemons import clear, detach
 from healfs.cli.log_options import checked, log_options
 from healfs.cli.output import CliError, bad_input, error_line, os_error
 from healfs.cli.policy_options import DURATION, SIZE, changes, policy_options
-from healfs.config import MAXIMUM_CONFIGURATION, MAXIMUM_UIDS, MountConfig, one_line
+from healfs.config import MAXIMUM_CONFIGURATION, MAXIMUM_UIDS, MountConfig, one_line, shell_word
 from healfs.control import mounts
 from healfs.core.policy import Policy
 from healfs.fuse.mount import is_mounted
@@ -219,7 +219,8 @@ def _check_mountpoint(mountpoint: str) -> None:
             if next(entries, None) is not None:
                 bad_input(f"{mountpoint}: not empty; take an empty directory")
     except FileNotFoundError:
-        bad_input(f"{mountpoint}: no such directory; make it first: mkdir -p {mountpoint}")
+        word = shell_word(mountpoint)
+        bad_input(f"{mountpoint}: no such directory; make it first: mkdir -p {word}")
     except NotADirectoryError:
         bad_input(f"{mountpoint}: not a directory; MOUNTPOINT is an empty directory")
     except OSError as exc:

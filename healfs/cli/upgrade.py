@@ -14,7 +14,7 @@ import healfs
 from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import advice, find
 from healfs.cli.output import CliError
-from healfs.config import one_line
+from healfs.config import one_line, shell_word
 from healfs.control.mounts import Mount
 
 _SECONDS = 60.0  # for the keeper's answer; its own limits are far below
@@ -70,7 +70,7 @@ def _ask(mount: Mount, version: dict[str, Any]) -> dict[str, Any]:
                 else:
                     text = (
                         "the keeper is gone, and only it can start another version;"
-                        f" healfs umount {mount.mountpoint}, then mount again"
+                        f" healfs umount {shell_word(mount.mountpoint)}, then mount again"
                     )
                 raise CliError(f"{mount.mountpoint}: {text}") from None
         try:

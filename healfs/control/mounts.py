@@ -20,6 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from healfs.config import shell_word
 from healfs.control import unflushed
 from healfs.events import History
 
@@ -27,6 +28,8 @@ MAXIMUM_SOCKET_PATH = 107  # sun_path without its NUL, unix(7)
 _ROOTS = Path("/run/healfs")
 HISTORIES = 100  # of mountpoints that are mounted no more
 _MAXIMUM_RECORD = 65536
+_WORDS_BYTES = 200  # of a file's name, which may have 255
+_TAILS = bytes(range(0x80, 0xC0))  # what a character of UTF-8 goes on with
 
 
 class MountsError(Exception):
@@ -81,8 +84,10 @@ def events_path(mountpoint: str) -> Path:
 
 def _words(mountpoint: str) -> str:
     # The hash tells /a-b from /a/b.
-    words = mountpoint.strip("/").replace("/", "-")[-64:]
-    return f"{words}-{_hash(mountpoint)[:8]}"
+    words = os.fsencode(mountpoint.strip("/").replace("/", "-")[-64:])
+    if len(words) > _WORDS_BYTES:
+        words = words[-_WORDS_BYTES:].lstrip(_TAILS)
+    return f"{os.fsdecode(words)}-{_hash(mountpoint)[:8]}"
 
 
 def drop_histories() -> None:
@@ -289,8 +294,9 @@ def claim(mountpoint: str) -> Claim:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
+            word = shell_word(mountpoint)
             raise BusyError(
-                f"{mountpoint}: a healfs daemon serves it already; see healfs status {mountpoint}"
+                f"{mountpoint}: a healfs daemon serves it already; see healfs status {word}"
             ) from None
         if os.fstat(fd).st_nlink:
             return Claim(directory, fd)

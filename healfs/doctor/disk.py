@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from healfs.config import shell_word
 from healfs.doctor.finding import Finding, Level
 
 _BOTH = "nbdkit file and qemu-nbd do so by themselves"
@@ -54,7 +54,7 @@ _OTHER_NOTES = "# healfs-semantics(7), LIMITS: what follows from it"
 
 def examine(status: dict[str, Any]) -> list[Finding]:
     """`status` is the answer to healfs-query-status."""
-    return list(_findings(status, shlex.quote(str(status.get("mountpoint")))))
+    return list(_findings(status, shell_word(str(status.get("mountpoint")))))
 
 
 def _findings(status: dict[str, Any], mountpoint: str) -> Iterator[Finding]:

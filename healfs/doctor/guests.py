@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from healfs.config import shell_word
 from healfs.doctor.finding import Finding, Level
 
 _FREEZES = ("native", "io_uring")
@@ -248,7 +248,7 @@ def examine(file: str, mountpoint: str, proc: Path = Path("/proc")) -> list[Find
 
 def _findings(guest: Guest, mountpoint: str) -> Iterator[Finding]:
     check = f"guest {guest.name} (pid {guest.pid})"
-    right = f"healfs attach {shlex.quote(mountpoint)} # start it with what this prints"
+    right = f"healfs attach {shell_word(mountpoint)} # start it with what this prints"
     if not guest.named:
         yield Finding(
             check,

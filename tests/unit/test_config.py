@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +14,10 @@ from healfs.config import (
     MountConfig,
     format_duration,
     format_size,
+    one_line,
     parse_duration,
     parse_size,
+    shell_word,
 )
 from healfs.core.policy import Action, Policy
 
@@ -94,6 +99,30 @@ def test_durations_for_people(seconds: float, text: str) -> None:
 )
 def test_sizes_for_people(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a  b", "a  b"),  # two spaces are a path's own
+        (" a\n\n  b\r\n", "a b"),
+        ("a\tb", "a b"),
+        ("\x1b[31ma\x07\udcff\u202e", "?[31ma???"),
+        ("a\u2028b\x85c", "a b c"),
+    ],
+)
+def test_one_line(text: str, line: str) -> None:
+    assert one_line(text) == line
+
+
+@pytest.mark.parametrize(
+    "name", [b"/a", b"/a  b", b"/a'b", b"/a\nb", b"/\xff\\'\t\x7f$x", "/ä b".encode(), b""]
+)
+def test_a_word_to_paste_is_one_line_and_names_the_same(name: bytes) -> None:
+    word = shell_word(os.fsdecode(name))
+    assert one_line(word) == word
+    done = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, timeout=30)
+    assert (done.stdout, done.stderr) == (name, b"")
 
 
 @given(st.floats(0, 1e9))

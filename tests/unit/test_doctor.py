@@ -160,6 +160,19 @@ def blockdev(**keys: Any) -> str:
 NODE = ("-blockdev", f"driver=file,filename={FILE},node-name=d")
 
 
+def test_a_file_whose_name_is_no_text_is_followed(tmp_path: Path) -> None:
+    """Not only its descriptor says which file it is; and the line to paste names it."""
+    at = os.fsdecode(b"/srv/vm \xff")
+    (tmp_path / "7").mkdir()
+    words = (b"qemu-system-x86_64", b"-drive", os.fsencode(f"file={at}/disk.img,aio=native"), b"")
+    (tmp_path / "7/cmdline").write_bytes(b"\0".join(words))
+    (tmp_path / "7/fd").mkdir()
+    (tmp_path / "7/fd/9").symlink_to(f"{at}/disk.img")
+    found = guests.examine(f"{at}/disk.img", at, tmp_path)
+    assert found[0].level is Level.ERROR and "aio=native" in found[0].text
+    assert found[0].mend.startswith("healfs attach $'/srv/vm \\377' #")
+
+
 def test_a_drive_with_threads_is_well(tmp_path: Path) -> None:
     (finding,) = one(tmp_path, "-name", "vm1", "-drive", f"file={FILE},if=virtio,format=raw")
     assert finding.level is Level.OK and finding.check == "guest vm1 (pid 7)"

@@ -70,3 +70,18 @@ def test_xdg_state_home_is_where_a_user_has_his_logs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_STATE_HOME", "/home/u/state")
     assert str(mounts.log_path("/m").parent) == "/home/u/state/healfs"
+
+
+@pytest.mark.parametrize(
+    "name", ["\U0001f600" * 63, "ä" * 127, os.fsdecode(b"\xff" * 255), "a" * 255]
+)
+def test_a_long_name_makes_no_file_name_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("HEALFS_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "log").mkdir()
+    (tmp_path / "events").mkdir()
+    for path in mounts.log_path(f"/mnt/{name}"), mounts.events_path(f"/mnt/{name}"):
+        path.with_suffix(".log.1").touch()
+        assert name[-1] in path.name
+    assert "\udc9f" not in mounts.log_path(f"/mnt/{name}").name
