@@ -337,7 +337,7 @@ class FileBackend(Backend):
         self._create = None if create is None else opening.Creation(create)
         self._use_uring = use_uring
         self._wait_for_lock = wait_for_lock
-        self._connected_before = False
+        self._connected_before = self._locked = False
         self._size = 0  # when it was opened last
         self._session: _Session | None = None
         self._retired: list[_Session] = []
@@ -403,6 +403,7 @@ class FileBackend(Backend):
             read_only=self._read_only,
             create=self._create,
             wait_for_lock=self._wait_for_lock or self._connected_before,
+            locked=self._locked,
             old=self._take_old(),
         )
         try:
@@ -413,6 +414,7 @@ class FileBackend(Backend):
             self._old += attempt.abandon()
             raise
         self._create = None
+        self._locked = opened.locked
         return opened
 
     def _take_old(self) -> list[int]:
@@ -451,7 +453,7 @@ class FileBackend(Backend):
         look = partial(probing.probe, self._path, size=self._size, read_only=self._read_only)
         try:
             with trio.move_on_after(CONNECT_TIMEOUT):
-                return await self._looks.look(self._session.fd, look)
+                return await self._looks.look(self._session.flush_fd, look)
         except OSError as error:  # for want of a descriptor: nobody knows, so it is waited for
             return f"it cannot be looked at: {error.strerror}"
         return "the storage does not answer"
@@ -460,9 +462,8 @@ class FileBackend(Backend):
         if self._session is None:
             return None
         try:
-            return await self._looks.look(
-                self._session.fd, partial(looks.extents, offset=offset, length=length)
-            )
+            look = partial(looks.extents, offset=offset, length=length)
+            return await self._looks.look(self._session.flush_fd, look)
         except OSError:
             return None
 

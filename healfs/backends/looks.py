@@ -28,7 +28,8 @@ class Looks:
 
     async def look(self, fd: int, function: Callable[[int], T]) -> T:
         """Call function(fd) with a descriptor of its own: the session's may be closed before the
-        thread is done. OSError: there is none to be had, or the function's."""
+        thread is done. It should have no locks: they would stay as long as the look hangs.
+        OSError: there is none to be had, or the function's."""
         borrowed = _Borrowed(os.dup(fd))
         try:
             return await trio.to_thread.run_sync(

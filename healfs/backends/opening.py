@@ -51,6 +51,7 @@ _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 class Opened:
     fd: int
     flush_fd: int  # for FLUSH alone; see _flush_description
+    locked: bool  # the file system has locks
     direct: bool  # opened with O_DIRECT
     nonblocking: bool  # on a file system whose RWF_NOWAIT holds, as far as that goes
     waits_to_write: bool  # but for writes, which it does not take with RWF_NOWAIT at all
@@ -84,7 +85,8 @@ class Creation:
 class Attempt:
     """One attempt to open `path`, in a thread that the loop may have to abandon.
 
-    `old` are descriptors that nothing is done on any more; they are closed.
+    `locked`: the last connection had locks, and this one has to. `old` are descriptors that nothing
+    is done on any more; they are closed.
     """
 
     def __init__(
@@ -94,12 +96,14 @@ class Attempt:
         read_only: bool,
         create: Creation | None,
         wait_for_lock: bool,
+        locked: bool,
         old: list[int],
     ) -> None:
         self._path = path
         self._read_only = read_only
         self._create = create
         self._wait_for_lock = wait_for_lock
+        self._locked_before, self._locked = locked, True
         self._old = old
         self._lock = threading.Lock()
         self._started = self._abandoned = self._ended = False
@@ -243,17 +247,22 @@ class Attempt:
             self._close_old()
             locks.check(fd, self._read_only)
         except locks.LockedError as error:
-            self._locked(str(error.strerror))
+            self._refuse(str(error.strerror))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                self._locked("somebody else holds an exclusive lock")
+                self._refuse("somebody else holds an exclusive lock")
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
+            if self._locked_before:  # a lock manager that is down, say
+                raise OSError(
+                    error.errno, f"no lock is to be had, as there was ({error.strerror})"
+                ) from None
+            self._locked = False
             self._notes.append(
                 f"no locks on this file system ({error.strerror}): no second user is refused"
             )
 
-    def _locked(self, why: str) -> None:
+    def _refuse(self, why: str) -> None:
         text = f"{self._path} is in use by QEMU or another healfs ({why}); end that first"
         if self._wait_for_lock:
             raise OSError(errno.EAGAIN, text)
@@ -293,7 +302,7 @@ class Attempt:
         )
         nonblocking = block or file_system in NONBLOCKING
         waits_to_write = file_system == EXT4 and not self._read_only
-        return Opened(fd, fds[-1], block, nonblocking, waits_to_write, geometry)
+        return Opened(fd, fds[-1], self._locked, block, nonblocking, waits_to_write, geometry)
 
 
 def _file_system(fd: int) -> int:

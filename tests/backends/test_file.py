@@ -448,7 +448,9 @@ async def test_a_descriptor_that_no_session_could_be_made_of_locks_nobody_out(
 
 
 def attempt(path: Path, old: list[int], create: opening.Creation | None = None) -> opening.Attempt:
-    return opening.Attempt(str(path), read_only=False, create=create, wait_for_lock=False, old=old)
+    return opening.Attempt(
+        str(path), read_only=False, create=create, wait_for_lock=False, locked=False, old=old
+    )
 
 
 async def test_an_attempt_that_was_given_up_before_it_began_closes_nothing(image: Path) -> None:
@@ -513,6 +515,51 @@ async def test_a_look_that_finds_no_descriptor_is_waited_for(
         assert await backend.probe() == "it cannot be looked at: Too many open files"
         assert await backend.extents(0, 4096) is None
     assert await backend.probe() == ""
+    await backend.aclose()
+
+
+async def test_a_look_that_hangs_locks_nobody_out(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not ourselves, at the next connection."""
+    backend = FileBackend(str(image))
+    await backend.connect()
+    begun, hold = threading.Event(), threading.Event()
+
+    def hang(*_: object, **__: object) -> str:
+        begun.set()
+        hold.wait(DEADLINE)
+        return ""
+
+    monkeypatch.setattr(file_module.probing, "probe", hang)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(backend.probe)
+        await trio.to_thread.run_sync(begun.wait, DEADLINE)
+        backend.close()
+        await backend.connect()
+        hold.set()
+    await backend.aclose()
+
+
+async def test_a_lock_that_was_had_is_waited_for(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS, its lock manager being down: not a disk that goes on without."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    backend, never = FileBackend(str(image)), FileBackend(str(image))
+    await backend.connect()
+    backend.close()
+    with monkeypatch.context() as context:
+        context.setattr(file_module.opening.locks, "acquire", none)
+        with pytest.raises(OSError, match="no lock is to be had") as caught:
+            await backend.connect()
+        assert caught.value.errno == errno.ENOLCK and not isinstance(caught.value, SourceError)
+        assert "no locks on this file system" in (await never.connect()).notes[0]
+        await never.aclose()
+    assert not (await backend.connect()).notes
     await backend.aclose()
 
 
