@@ -48,6 +48,7 @@ cdef class Engine:
     cdef object _replay_at
     cdef double _replay_pause
     cdef public Request _flush
+    cdef set _beside
     cdef list _pinned
     cdef object _accept
     cdef bint _drop

@@ -140,6 +140,7 @@ class Engine:
         self._replay_at: float | None = None  # try again to write what is suspect
         self._replay_pause = 0.0
         self._flush: Request | None = None  # the one flush in flight: the engine's own
+        self._beside: set[int] = set()  # it has succeeded, and waits for these FUA writes, by order
         self._pinned: list[Slot] = []  # payloads of attempts on the connection that was lost
         self._accept = ""  # the mismatch that the operator accepts, for one try
         self._drop = False  # and the log is not for that disk
@@ -356,6 +357,8 @@ class Engine:
                 self._completed_with_error(request, errno)
             else:
                 self._completed_well(request, errno, data)
+            if self._beside and request.fua:
+                self._fua_ended(request)
             if self._outage.since is not None:
                 self._answered_again(request)
             if self._replaying:
@@ -370,8 +373,13 @@ class Engine:
     def _completed_well(self, request: Request, errno: int, data: object) -> None:
         """Success; or an error of a request that was given up before."""
         kind = request.kind
-        if errno and request.fua and errors.classify(errno) is ErrorClass.FAILED:
-            self._flush_failed(errno, ())
+        if request.fua:
+            if errno:
+                self._flush_failed(errno, ())
+            elif self._replay.wanted and not request.answered:
+                # What failed beside it may have used up the error of this one's bytes.
+                self._judge_failed(request, self._replay.errno or e.EIO, self.clock())
+                return
         if kind is READ:
             if self._overlays and (parts := self._overlays.pop(request.order, None)):
                 data = patch(data, request.offset, parts) if not errno else None
@@ -480,6 +488,10 @@ class Engine:
         self.log.lost()
         self._replay.wanted = True
         self._replay.errno = errno
+        if self._beside:  # the flush that waits for them has not succeeded, after all
+            self._beside.clear()
+            self._flush = None
+            guests = [*guests, *self._take_flushes()]
         now = self.clock()
         for request in guests:
             if not request.answered:
@@ -487,10 +499,17 @@ class Engine:
         if self.state is State.READY:
             self._begin_replay()
 
+    def _take_flushes(self) -> list[Request]:
+        """The guests' that wait for the flush that was in flight, and for the next one."""
+        queues = self._queues
+        taken = [*queues.covered.values(), *queues.flushes.values()]
+        queues.covered, queues.flushes = {}, {}
+        return taken
+
     def _completed_with_error(self, request: Request, errno: int) -> None:
         self._overlays.pop(request.order, None)  # sent again, it gets what is right then
-        if request.fua and errors.classify(errno) is ErrorClass.FAILED:
-            # Its own fsync has used up the error of everybody's writes.
+        if request.fua and not errors.is_lost(errno):
+            # Its own fsync has used up the error of everybody's writes, whatever it makes of it.
             self._flush_failed(errno, ())
         match errors.classify(errno):
             case ErrorClass.REFUSED:
@@ -838,6 +857,7 @@ class Engine:
         self._begin_outage(now, errno, AWAY, reason, now)
         self._stop_replay()
         self._flush = None
+        self._beside.clear()
         self._overlays.clear()
         self.log.lost()
         self._replay.wanted = True
@@ -1029,15 +1049,28 @@ class Engine:
             self._replay.written(request)
 
     def _flushed(self, flush: Request, errno: int) -> None:
+        if not errno and not self._replay.wanted:
+            # One that goes on beside it may have used up the error that this flush should have
+            # told of, and be answered later: until then the flush proves nothing.
+            self._beside = {order for order, r in self._queues.in_flight.items() if r.fua}
+            if self._beside:
+                return
+        self._flush_ended(flush, errno)
+
+    def _fua_ended(self, request: Request) -> None:
+        """The flush waits for it, and perhaps for others; for none that was sent since."""
+        self._beside.discard(request.order)
+        if not self._beside and self._flush is not None:
+            self._flush_ended(self._flush, 0)
+
+    def _flush_ended(self, flush: Request, errno: int) -> None:
         self._flush = None
-        guests, self._queues.covered = self._queues.covered, {}
         if self._replaying and self._replay.flushing:
             self._replay_flushed(flush, errno)
-        elif errno or self._replay.wanted:  # a flush beside a failed FUA write proves nothing
-            errno = errno or self._replay.errno
-            waiting, self._queues.flushes = self._queues.flushes, {}
-            self._flush_failed(errno, [*guests.values(), *waiting.values()])
+        elif errno or self._replay.wanted:
+            self._flush_failed(errno or self._replay.errno, self._take_flushes())
         else:
+            guests, self._queues.covered = self._queues.covered, {}
             self.log.trim(flush.completed, self._hold())
             for request in guests.values():
                 if not request.answered:

@@ -38,6 +38,7 @@ class Attempt:
     session: int
     luck: float
     errno: int = 0
+    tells_after: float = 0.0
     applied: bool = False
     replied: bool = False
     data: bytearray | None = None
@@ -114,7 +115,7 @@ class Server:
         self.stubborn_until = 0.0
         self.offline_until = 0.0
         self.fail_next = self.hang_next = self.delay_next = self.short_next = 0
-        self.fail_flushes = 0
+        self.fail_flushes = self.fail_fuas = 0
         self.which_errno = 0
         self.bad_sectors: set[int] = set()
         self._dies_after = 0
@@ -230,6 +231,10 @@ class Server:
         elif kind is Kind.FLUSH and self.fail_flushes:
             self.fail_flushes -= 1
             attempt.errno = e.EIO
+        elif attempt.request.fua and self.fail_fuas:
+            self.fail_fuas -= 1
+            attempt.errno, attempt.tells_after = e.EIO, attempt.luck * 0.02
+            self.world.happened["fua_fails"] += 1
         elif self.fail_next:
             self.fail_next -= 1
             attempt.errno = ERRNOS[(self.which_errno + self.fail_next) % len(ERRNOS)]
@@ -248,7 +253,8 @@ class Server:
             self._transfer_half(attempt)
             return
         self._carry_out(attempt)
-        self.world.later(0.0001 + attempt.luck * 7 % 1 * 0.001, self._reply, attempt)
+        delay = attempt.tells_after or attempt.luck * 7 % 1 * 0.001
+        self.world.later(0.0001 + delay, self._reply, attempt)
 
     def _transfer_half(self, attempt: Attempt) -> None:
         """A short transfer: the rest follows later, unless the connection ends before."""
@@ -337,6 +343,7 @@ class Server:
         self.away_until = self.other_until = self.frozen_until = self.full_until = 0.0
         self.relapse_until = self.stubborn_until = self.offline_until = 0.0
         self.fail_next = self.fail_flushes = self.hang_next = self.delay_next = self.short_next = 0
+        self.fail_fuas = 0
         self._dies_after = 0
         self.bad_sectors.clear()
 

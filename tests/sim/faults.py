@@ -71,6 +71,8 @@ def strike(world: World, fault: Fault) -> None:
             world.worker_dies()
         case "killed":
             _arm(world, number >> 2, ("any", "replay", "replay", "frees")[number % 4])
+        case "fua_fails":
+            server.fail_fuas = 1 + number % 3
         case "probe":
             server.offline_until = until
         case other:

@@ -59,6 +59,7 @@ class Options:
     accept: bool = False  # the operator takes another disk for the right one, or drops the log
     killed: bool = False  # the worker dies between two stores of the log's table
     probe: bool = False  # EIO may mean that the storage is away; a probe tells
+    fua_fails: bool = False  # the fsync of a FUA write takes the error of all, and tells it late
 
     def only(self, names: set[str]) -> Options:
         return replace(
@@ -81,6 +82,7 @@ WITH_LOG = replace(
     accept=True,
     killed=True,
     probe=True,
+    fua_fails=True,
 )
 
 
@@ -139,7 +141,7 @@ _MANNERS = {
     "fence",
 }
 # Chosen last and by a generator of their own, so that older seeds mean what they meant.
-_ADDED = {"short", "accept", "killed", "probe"}
+_ADDED = {"short", "accept", "killed", "probe", "fua_fails"}
 _KINDS = [Kind.WRITE] * 9 + [Kind.READ] * 7 + [Kind.FLUSH] * 4
 _KINDS += [Kind.WRITE_ZEROES, Kind.DISCARD]
 

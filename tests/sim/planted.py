@@ -148,6 +148,13 @@ class StaysLatched(Engine):
         self._begin_replay = begin  # type: ignore[method-assign]
 
 
+class FlushDoesNotWaitForFua(Engine):
+    """A flush is believed although what goes on beside it may have been told of its error."""
+
+    def _flushed(self, flush: Request, errno: int) -> None:
+        self._flush_ended(flush, errno)
+
+
 class UnsettledLostWithTheWorker(Engine):
     def take_over(self) -> None:
         recover = self.log.recover
@@ -217,6 +224,7 @@ class AcceptDropsTheLog(Engine):
 _COMPLETE, _TRIM, _REPLAYED = WriteLog.complete, WriteLog.trim, WriteLog.replayed
 LOSSES = replace(TODAY, cache_loss=True)
 SILENCES = Options(flush_loses=True).only({"freeze", "flush_loses", "delay"})
+BESIDE = Options(flush_loses=True, fua_fails=True).only({"delay", "flush_loses", "fua_fails"})
 CRASHES = replace(TODAY, late=True, worker=True)
 KILLS = WITH_LOG.only({"refused_entry", "killed"})
 CHANGES = WITH_LOG.only({"worker", "killed", "late", "torn"})
@@ -269,6 +277,7 @@ BUGS = (
     Bug("accept drops the log", LIES, AcceptDropsTheLog, replace(LOSSES, accept=True)),
     Bug("latch cleared after a failed flush", LIES, LatchCleared, replace(TODAY, flush_loses=True)),
     Bug("latched after a silence", ("lost answer",), StaysLatched, SILENCES),
+    Bug("flush beside a FUA write", LIES, FlushDoesNotWaitForFua, BESIDE),
     Bug("unsettled set lost with the worker", LIES, UnsettledLostWithTheWorker, CRASHES),
     Bug("resent bytes answered, not sent", LIES, ResentAnsweredUnsent, CRASHES),
     Bug("resent bytes sent, not the saved ones", ("changed",), ResentWithItsNewBytes, CHANGES),

@@ -121,26 +121,114 @@ def test_a_failed_fua_write_makes_all_that_is_not_flushed_come_again():
     assert disk.state == "ready" and disk.succeeded("last") and not len(disk.engine.log)
 
 
+def _flush_of(disk):
+    return next(r for r in disk.flying.values() if r.kind is Kind.FLUSH)
+
+
+@pytest.mark.parametrize("errno", [e.EIO, e.EINVAL])
 @pytest.mark.parametrize("flush_last", [True, False])
-def test_a_flush_beside_a_failed_fua_write_proves_nothing(flush_last):
+def test_a_flush_beside_a_failed_fua_write_proves_nothing(flush_last, errno):
+    """Either may have been told of the error of a's bytes, whichever is answered first."""
     disk = Disk()
     disk.written("a", 0)
     fua = disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
     disk.flush("f")
-    flush = next(r for r in disk.flying.values() if r.kind is Kind.FLUSH)
+    flush = _flush_of(disk)
     disk.flying.clear()
     if flush_last:
-        disk.engine.completed(fua, e.EIO)
+        disk.engine.completed(fua, errno)
         disk.engine.completed(flush, 0)
-        assert "f" not in disk.answers and disk.state == "replaying"
-        disk.drive_for(5)
-        assert (Kind.WRITE, 0, 1) in disk.replayed()
-    else:  # it was answered before the error: what it covers is stable
+    else:
         disk.engine.completed(flush, 0)
-        disk.engine.completed(fua, e.EIO)
-        disk.drive_for(5)
-        assert not disk.pieces
+        assert "f" not in disk.answers and disk.counts["in_flight"] == 2
+        disk.engine.completed(fua, errno)
+    assert "f" not in disk.answers and disk.state == "replaying"
+    disk.drive_for(5)
+    assert (Kind.WRITE, 0, 1) in disk.replayed()
+    assert disk.succeeded("f")
+    assert disk.answers["b"] == (0 if errno == e.EIO else e.EINVAL, None)
+
+
+def test_a_flush_waits_for_the_fua_writes_beside_it_and_for_no_newer_ones():
+    disk = Disk()
+    disk.written("a", 0)
+    first = disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    disk.flush("f")
+    flush = _flush_of(disk)
+    second = disk.request("c", Kind.WRITE, 6 * BLOCK, BLOCK, fua=True)
+    disk.flying.clear()
+    disk.engine.completed(flush, 0)
+    disk.request("d", Kind.WRITE, 7 * BLOCK, BLOCK, fua=True)
+    disk.flush("g")  # for the next one
+    disk.engine.completed(first, 0)
+    assert "f" not in disk.answers
+    disk.engine.completed(second, 0)
+    assert disk.succeeded("f") and "g" not in disk.answers and "d" not in disk.answers
+    disk.drive()
+    assert disk.succeeded("g") and disk.succeeded("d")
+
+
+def test_a_flush_that_waits_for_a_fua_write_goes_with_the_connection():
+    disk = Disk()
+    disk.written("a", 0)
+    disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    disk.flush("f")
+    disk.engine.completed(_flush_of(disk), 0)
+    disk.lose()
+    assert "f" not in disk.answers
+    disk.back()
+    disk.drive()
+    assert (Kind.WRITE, 0, 1) in disk.replayed() and disk.succeeded("f")
+
+
+def test_a_pause_waits_for_a_flush_that_waits_for_a_fua_write():
+    disk = Disk()
+    disk.written("a", 0)
+    fua = disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    disk.flush("f")
+    disk.engine.completed(_flush_of(disk), 0)
+    disk.flying.clear()
+    disk.engine.pause()
+    assert not disk.told("HEALFS_DRAINED")
+    disk.engine.completed(fua, 0)
     assert disk.succeeded("f") and disk.succeeded("b")
+    disk.drive()
+    assert disk.told("HEALFS_DRAINED") == [{"unflushed": 0}]
+
+
+@pytest.mark.parametrize("by", ["flush", "fua"])
+def test_a_fua_write_that_ends_after_a_failure_beside_it_is_not_stable_either(by):
+    disk = Disk()
+    disk.written("a", 0)
+    fua = disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    if by == "flush":
+        disk.flush("f")
+        failed = _flush_of(disk)
+    else:
+        failed = disk.request("f", Kind.WRITE, 6 * BLOCK, BLOCK, fua=True)
+    disk.flying.clear()
+    disk.engine.completed(failed, e.EIO)
+    disk.engine.completed(fua, 0)
+    assert not disk.answers.keys() - {"a"}
+    disk.drive_for(5)
+    assert disk.succeeded("b") and disk.succeeded("f")
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_refused_fua_write_proves_nothing_either(given_up):
+    """Its flush may have been refused, after it was told of everybody's error."""
+    disk = Disk()
+    disk.written("a", 0)
+    fua = disk.request("b", Kind.WRITE, 5 * BLOCK, BLOCK, fua=True)
+    if given_up:
+        disk.engine.cancel(fua)
+    disk.drive(lambda request: e.EINVAL if request is fua else 0, rounds=1)
+    assert disk.answers["b"] == (e.EINTR if given_up else e.EINVAL, None)
+    disk.flush("f")
+    assert disk.state == "replaying" and not disk.succeeded("f")
+    disk.drive()
+    assert (Kind.WRITE, 0, 1) in disk.replayed()
+    assert disk.succeeded("f") and disk.state == "ready" and not len(disk.engine.log)
 
 
 def test_a_failed_fua_write_that_nobody_waits_for_any_more_is_no_better():
@@ -380,7 +468,8 @@ def test_a_replay_that_is_due_in_a_silence_comes_after_it():
     assert disk.replayed() == [(Kind.WRITE, 0, 1)] and disk.succeeded("f")
 
 
-def test_zeroes_that_a_returned_server_cannot_write_are_written_as_bytes():
+@pytest.mark.parametrize("errno", [e.EOPNOTSUPP, e.EINVAL, e.ENOSYS])
+def test_zeroes_that_a_returned_server_cannot_write_are_written_as_bytes(errno):
     disk = Disk()
     disk.zero("z", 1, 600)
     disk.drive()
@@ -392,7 +481,7 @@ def test_zeroes_that_a_returned_server_cannot_write_are_written_as_bytes():
 
     def rule(request):
         if request.kind is Kind.WRITE_ZEROES:
-            return e.EOPNOTSUPP
+            return errno
         if request.kind is Kind.WRITE:
             assert len(request.data) == request.length and not any(request.data)
             written.update(dict.fromkeys(range(request.offset, request.offset + request.length)))
