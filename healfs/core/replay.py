@@ -7,10 +7,11 @@ it, no flush succeeds, and it is tried again later with what came newer cut out.
 
 from __future__ import annotations
 
-import errno as e
 from collections import deque
 from collections.abc import Iterable
 
+from healfs.core import errors
+from healfs.core.errors import ErrorClass
 from healfs.core.overlap import Overlap, Range
 from healfs.core.request import Done, Kind, Request
 from healfs.core.unsettled import Unsettled
@@ -175,7 +176,8 @@ class Replay:
     def refused(self, piece: Request, errno: int) -> None:
         self._in_flight.remove(piece)
         assert piece.origin is not None
-        if piece.kind is Kind.WRITE_ZEROES and errno == e.EOPNOTSUPP:
+        refused = errors.classify(errno) is ErrorClass.REFUSED
+        if piece.kind is Kind.WRITE_ZEROES and refused:
             self._write_zeroes = False  # a server that came back with less than it had
             self._todo.appendleft((piece.origin, piece.offset, piece.offset + piece.length))
             return
