@@ -706,6 +706,7 @@ class Engine:
         if not self._ever_connected:
             self.align = LARGEST_BLOCK  # what comes before the first connection is ordered by it
         self._connect_now()
+        self._set_alarm(self.clock())  # the outage's clock runs
 
     def _connect_now(self) -> None:
         self._prober.begin()
@@ -888,9 +889,8 @@ class Engine:
         self._prober.down(now, self._longest_pause())
         if self._prober.next_try == now:
             self._connect_now()
-        else:
-            self._wake_at(self._prober.next_try or now)
         self._judge_all_in_outage(now)
+        self._set_alarm(now)  # a try may last longer than a timeout
 
     def _remember_attempts(self, requests: Iterable[Request], now: float) -> None:
         """What the backend took of writes may land as long as it is unsettled (promise 4)."""

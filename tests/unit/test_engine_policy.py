@@ -96,6 +96,22 @@ def test_retry_timeout_counts_from_the_start_of_the_outage():
     assert play.answers == {"late": (e.EIO, None)}
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_retry_timeout_does_not_wait_for_a_try_that_hangs(first):
+    play = Playbook(policy(retry(timeout=30)), slow_after=0, up=not first)
+    if first:  # mount --no-wait
+        play.engine.size = 1 << 20
+        play.engine.start()
+    play.write("a")
+    if not first:
+        play.run(100)
+        play.lose()
+    play.run(29.9)
+    assert not play.answers and "connect" in play.take()
+    play.run(0.2)
+    assert play.answers == {"a": (e.EIO, None)}
+
+
 def test_a_request_after_the_timeout_gets_then_at_once():
     play = Playbook(policy(retry(timeout=10, then="ignore")))
     play.run(10)
