@@ -45,6 +45,7 @@ cdef class Engine:
     cdef bint _probe_is_stale
     cdef public object _replay
     cdef public bint _replaying
+    cdef bint _was_replaying
     cdef object _replay_at
     cdef double _replay_pause
     cdef public Request _flush

@@ -35,7 +35,7 @@ from healfs.core.ring import Slot
 from healfs.core.states import State, check_move
 from healfs.core.totals import Totals
 from healfs.core.unsettled import Unsettled
-from healfs.core.writelog import Attempt, WriteLog, memory_size
+from healfs.core.writelog import Attempt, WriteLog, memory_size, visible
 
 log = logging.getLogger("healfs.engine")
 
@@ -137,6 +137,7 @@ class Engine:
         self._probe_is_stale = False  # it looks at a connection that was lost since
         self._replay = Replay()
         self._replaying = False  # begun, or waiting for what is in flight
+        self._was_replaying = False  # the worker before
         self._replay_at: float | None = None  # try again to write what is suspect
         self._replay_pause = 0.0
         self._flush: Request | None = None  # the one flush in flight: the engine's own
@@ -672,6 +673,7 @@ class Engine:
             if self._flush is not None:
                 return  # this is called again when it is answered
         self._draining = False
+        self._save()
         self.effects.event("HEALFS_DRAINED", {"unflushed": len(self.log.unflushed())})
 
     def resume(self, who: Mapping[str, object] | None = None) -> None:
@@ -864,8 +866,14 @@ class Engine:
         self._replay.wanted = True
         flying = self._queues.take_flying()
         self._close()
-        taken = [request for request in flying.values() if self.effects.taken(request)]
-        self._remember_attempts(taken, now)
+        self._remember_attempts(
+            (
+                (r.origin.order if r.origin else r.order, r.start, r.end)
+                for r in flying.values()
+                if r.kind is not READ and r.kind is not FLUSH and self.effects.taken(r)
+            ),
+            now,
+        )
         for request in flying.values():
             owner = request.origin.owner if request.origin else request.owner
             if owner is not None and not owner.pinned:
@@ -892,14 +900,13 @@ class Engine:
         self._judge_all_in_outage(now)
         self._set_alarm(now)  # a try may last longer than a timeout
 
-    def _remember_attempts(self, requests: Iterable[Request], now: float) -> None:
-        """What the backend took of writes may land as long as it is unsettled (promise 4)."""
+    def _remember_attempts(self, sent: Iterable[tuple[int, int, int]], now: float) -> None:
+        """What the backend took of writes (order, start, end) may land as long as it is unsettled
+        (promise 4)."""
         if not self.settle and not self.fence:
             return
-        for request in requests:
-            if request.kind not in (READ, FLUSH):
-                order = request.origin.order if request.origin else request.order
-                self._unsettled.add(order, request.start, request.end, self._until(now))
+        for order, start, end in sent:
+            self._unsettled.add(order, start, end, self._until(now))
         if self.fence and len(self._unsettled):
             self._start_fence()
         elif (when := self._unsettled.next_time()) is not None:
@@ -1126,9 +1133,12 @@ class Engine:
             entry.answered = True
             self._order = max(self._order, entry.order)
             self._recovered[entry.tag & TAG_MASK] = entry
-        # A replay sends completed ones again.
-        replaying = saved.get("replaying", False)
-        sent = [entry for entry in found if replaying or not entry.completed]
+        sent = [(entry.order, entry.start, entry.end) for entry in found if not entry.completed]
+        self._was_replaying = saved.get("replaying", False)
+        if self._was_replaying:  # it sends completed ones again: these pieces, or some of them
+            align = self.align
+            for entry, start, end in visible(entry for entry in found if entry.completed):
+                sent.append((entry.order, start - start % align, end + -end % align))
         self._remember_attempts(sent, now)
         reason = "the worker has ended, another one took over"
         self._begin_outage(now, e.ESHUTDOWN, WORKER, reason, now if since is None else since)
@@ -1212,9 +1222,16 @@ class Engine:
                 "outage": self._outage.save(),
                 "frontend": self.frontend,
                 "ever_connected": self._ever_connected,
-                "replaying": self._replaying,
+                "replaying": self._may_be_replaying(),
             }
         )
+
+    def _may_be_replaying(self) -> bool:
+        """Whether pieces of a replay may land: those of one that was paused, too, until they are
+        answered, and those of the worker before, until they are settled."""
+        if self._replaying or (self._was_replaying and len(self._unsettled)):
+            return True
+        return any(request.origin is not None for request in self._queues.in_flight.values())
 
     def _load(self, saved: Any) -> None:
         if not saved:

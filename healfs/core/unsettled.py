@@ -20,7 +20,8 @@ class Unsettled:
     def __init__(self, log: WriteLog) -> None:
         self._log = log
         self._ranges = Overlap()
-        self._attempts: dict[int, Attempt] = {}  # by the request's order; the oldest loss first
+        self._attempts: dict[int, Attempt] = {}  # by id; the oldest loss first
+        self._of: dict[int, list[Attempt]] = {}  # by the request's order
 
     def __len__(self) -> int:
         return len(self._attempts)
@@ -29,22 +30,35 @@ class Unsettled:
         return iter(self._attempts.values())
 
     def add(self, order: int, start: int, end: int, until: float) -> None:
-        """The connection is closed, or about to be; one entry a request, of its last attempt."""
-        old = self._attempts.pop(order, None)
-        if old is not None:
-            start, end = min(start, old.start), max(end, old.end)
-            self._ranges.remove(old)
-            self._log.forget(old)
+        """The connection is closed, or about to be; one entry a range that was sent.
+
+        A replay sends an entry in pieces, around what is newer: a range over all of them would
+        hold that back, and with it the replay. The same range once more takes the place of the
+        first, whoever waits for that.
+        """
         attempt = Attempt(start, end, order, until)
-        if old is not None:
-            attempt.waiters = old.waiters
+        for old in list(self._of.get(order, ())):
+            if start <= old.start and old.end <= end:
+                self._remove(old)
+                if old.waiters:
+                    attempt.waiters = (attempt.waiters or []) + old.waiters
         self.restore(attempt)
         self._log.note(attempt)
 
     def restore(self, attempt: Attempt) -> None:
         """One that an earlier worker has noted."""
-        self._attempts[attempt.order] = attempt
+        self._attempts[id(attempt)] = attempt
+        self._of.setdefault(attempt.order, []).append(attempt)
         self._ranges.add(attempt)
+
+    def _remove(self, attempt: Attempt) -> None:
+        del self._attempts[id(attempt)]
+        of = self._of[attempt.order]
+        of.remove(attempt)
+        if not of:
+            del self._of[attempt.order]
+        self._ranges.remove(attempt)
+        self._log.forget(attempt)
 
     def holds_back(self, start: int, end: int, order: int) -> list[Attempt]:
         """The attempts that a write of `order` to this range has to wait for."""
@@ -68,13 +82,11 @@ class Unsettled:
 
     def settle_all(self, attempts: list[Attempt]) -> list[Request]:
         """The fence that was begun when these were all has succeeded."""
-        return self._settle([a for a in attempts if self._attempts.get(a.order) is a])
+        return self._settle([a for a in attempts if id(a) in self._attempts])
 
     def _settle(self, attempts: list[Attempt]) -> list[Request]:
         free: list[Request] = []
         for attempt in attempts:
-            del self._attempts[attempt.order]
-            self._ranges.remove(attempt)
-            self._log.forget(attempt)
+            self._remove(attempt)
             free += unblocked(attempt.waiters)
         return free

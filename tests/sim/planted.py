@@ -18,6 +18,7 @@ from healfs.core import request as requests
 from healfs.core.engine import Engine
 from healfs.core.overlap import Overlap
 from healfs.core.request import TAG_MASK, Kind, Phase, Request
+from healfs.core.states import State
 from healfs.core.unsettled import Unsettled
 from healfs.core.writelog import WriteLog
 from tests.sim.plan import TODAY, WITH_LOG, Options, Plan
@@ -155,6 +156,29 @@ class FlushDoesNotWaitForFua(Engine):
         self._flush_ended(flush, errno)
 
 
+class ReplaysInAPause(Engine):
+    def _stop_replay(self) -> None:
+        if self.link_up:
+            self._pump_replay()
+        else:
+            super()._stop_replay()
+
+    def _pump_replay(self) -> None:
+        state = self.state
+        if state is State.PAUSED and self._replay.running:
+            self.state = State.REPLAYING
+        super()._pump_replay()
+        if state is State.PAUSED and self.state is State.REPLAYING:
+            self.state = state
+
+    def _send_internal(self, request: Request, now: float) -> None:
+        state = self.state
+        if self.paused_by:
+            self.state = State.PAUSED
+        super()._send_internal(request, now)
+        self.state = state
+
+
 class UnsettledLostWithTheWorker(Engine):
     def take_over(self) -> None:
         recover = self.log.recover
@@ -225,6 +249,7 @@ _COMPLETE, _TRIM, _REPLAYED = WriteLog.complete, WriteLog.trim, WriteLog.replaye
 LOSSES = replace(TODAY, cache_loss=True)
 SILENCES = Options(flush_loses=True).only({"freeze", "flush_loses", "delay"})
 BESIDE = Options(flush_loses=True, fua_fails=True).only({"delay", "flush_loses", "fua_fails"})
+PAUSES = WITH_LOG.only({"pause", "disconnect", "cache_loss"})
 CRASHES = replace(TODAY, late=True, worker=True)
 KILLS = WITH_LOG.only({"refused_entry", "killed"})
 CHANGES = WITH_LOG.only({"worker", "killed", "late", "torn"})
@@ -278,6 +303,7 @@ BUGS = (
     Bug("latch cleared after a failed flush", LIES, LatchCleared, replace(TODAY, flush_loses=True)),
     Bug("latched after a silence", ("lost answer",), StaysLatched, SILENCES),
     Bug("flush beside a FUA write", LIES, FlushDoesNotWaitForFua, BESIDE),
+    Bug("a replay goes on in a pause", ("sent in a pause",), ReplaysInAPause, PAUSES),
     Bug("unsettled set lost with the worker", LIES, UnsettledLostWithTheWorker, CRASHES),
     Bug("resent bytes answered, not sent", LIES, ResentAnsweredUnsent, CRASHES),
     Bug("resent bytes sent, not the saved ones", ("changed",), ResentWithItsNewBytes, CHANGES),

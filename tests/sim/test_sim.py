@@ -24,9 +24,7 @@ FOUND_WITHIN = 200
 
 # Seeds that failed once, with what was on then and a sum of their plans: what comes to plan.make or
 # Options must leave them as they were.
-FIRST = replace(
-    WITH_LOG, short=False, accept=False, killed=False, probe=False, fua_fails=False
-)
+FIRST = replace(WITH_LOG, short=False, accept=False, killed=False, probe=False, fua_fails=False)
 REGRESSIONS: tuple[tuple[int, Options, int], ...] = (
     (6, TODAY, 2618300434),
     (14082, FIRST, 1339332317),

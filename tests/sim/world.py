@@ -235,6 +235,8 @@ class World:
             self.say(f"  send {self._name(request)}")
         if not self._linked or self._wrong_disk:
             raise Violation("sent nowhere", f"{request} was sent without a connection")
+        if self.engine.state is State.PAUSED and request.kind is not Kind.FLUSH:
+            raise Violation("sent in a pause", str(self._name(request)))
         self.server.receive(request)
 
     def _name(self, request: Request) -> object:

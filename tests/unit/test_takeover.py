@@ -1,6 +1,7 @@
 """From one worker to the next: the outage's clock, the layout, the features, the hand-over."""
 
 import errno as e
+from unittest import mock
 
 import pytest
 
@@ -8,7 +9,7 @@ from healfs.core.engine import Engine
 from healfs.core.request import Kind, Request
 from healfs.core.writelog import MAGIC, LayoutError, WriteLog, memory_size
 from healfs.fuse import negotiation, wire
-from tests.unit.playbook import SIZE, START, Playbook, policy, retry
+from tests.unit.playbook import BLOCK, SIZE, START, Playbook, policy, retry
 
 ENTRIES, MESSAGE = 2048, 1 << 20
 
@@ -16,16 +17,17 @@ ENTRIES, MESSAGE = 2048, 1 << 20
 class Mount(Playbook):
     """A playbook whose engine's memory is left to successors."""
 
-    def __init__(self, given=None):
+    def __init__(self, given=None, **keywords):
         super().__init__(given, up=False)
         self.memory = memoryview(bytearray(memory_size(4 << 20, ENTRIES)))
+        self.keywords = keywords
         self.engine = self._successor()
         self.engine.start()
         self.engine.connected(SIZE)
 
     def _successor(self):
         log = WriteLog(self.memory, ENTRIES, MESSAGE)
-        return Engine(self, self.engine.policy, lambda: self.now, log)
+        return Engine(self, self.engine.policy, lambda: self.now, log, **self.keywords)
 
     def dies(self, *, died=0.0, takes_over=0.0):
         """At `died` after the start, and a successor is there at `takes_over`."""
@@ -117,6 +119,126 @@ def test_a_replay_that_was_held_goes_on():
     mount.engine.unhold()
     (piece,) = mount.take()
     assert mount.state == "replaying" and piece.startswith("send")
+
+
+# --- pieces of a replay that may still land -----------------------------------------------------
+
+
+class Replaying(Mount):
+    """Two writes, the newer one amid the older, are being replayed: three pieces are in flight."""
+
+    def __init__(self, **keywords):
+        super().__init__(settle=5.0, **keywords)
+        self.flying = []
+        self.on_send = self.flying.append
+        self.write("old", 0, 5)
+        self.drive()
+        self.write("new", 2)
+        self.drive()
+        self.lose()
+        self.flying.clear()
+        self.engine.connected(SIZE)
+        assert self.state == "replaying"
+        assert sorted((r.start // BLOCK, r.end // BLOCK) for r in self.flying) == PIECES
+        self.take()
+
+    def drive(self):
+        while self.flying:
+            self.engine.completed(self.flying.pop(0), 0)
+
+    def settles(self):
+        """From now on; a write to the old one's range does not go before."""
+        self.flying.clear()
+        self.engine.connected(SIZE)
+        self.drive()
+        assert self.state == "ready"
+        self.write("newer", 0)
+        self.take()
+        self.run(4.9)
+        assert "send newer" not in self.take()
+        self.run(0.2)
+        assert "send newer" in self.take()
+
+
+PIECES = [(0, 2), (2, 3), (3, 5)]
+
+
+def test_what_a_replay_had_sent_is_unsettled_after_a_death():
+    mount = Replaying()
+    mount.dies()
+    mount.settles()
+
+
+def test_a_paused_replay_has_sent_what_it_has_sent():
+    mount = Replaying()
+    mount.engine.pause()
+    mount.dies()
+    mount.engine.resume()
+    mount.settles()
+
+
+def test_pieces_that_a_paused_replay_has_answers_for_are_settled():
+    mount = Replaying()
+    mount.engine.pause()
+    mount.drive()
+    mount.dies()
+    mount.engine.resume()
+    mount.engine.connected(SIZE)
+    mount.drive()
+    mount.write("newer", 0)
+    assert mount.take()[-1] == "send newer"
+
+
+@pytest.mark.plain
+def test_a_second_death_knows_what_the_first_worker_had_sent():
+    """Even where there were no records for all of it."""
+    mount = Replaying()
+    mount.engine.pause()
+    with mock.patch.object(WriteLog, "note", lambda self, attempt: None):
+        mount.dies()
+    mount.engine.connected(SIZE)
+    mount.dies()
+    mount.engine.resume()
+    mount.settles()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_pieces_of_one_entry_do_not_hold_back_what_lies_between_them(dies):
+    """Else a replay waits for the settle time, or for a fence that never succeeds."""
+    mount = Replaying()
+    if dies:
+        mount.dies()
+    else:
+        mount.lose()
+    mount.flying.clear()
+    mount.engine.connected(SIZE)
+    assert sorted((r.start // BLOCK, r.end // BLOCK) for r in mount.flying) == PIECES
+    mount.drive()
+    assert mount.state == "ready"
+
+
+def test_one_piece_that_is_settled_leaves_the_others_unsettled():
+    mount = Replaying()
+    mount.lose()
+    mount.run(3)
+    mount.flying.clear()
+    mount.engine.connected(SIZE)
+    first = next(r for r in mount.flying if r.start == 0)
+    mount.flying.remove(first)
+    mount.drive()
+    mount.lose()  # only the first one is in flight
+    mount.engine.connected(SIZE)
+    mount.drive()
+    mount.write("first", 0)
+    mount.write("last", 4)
+    mount.take()
+    mount.run(2.1)
+    assert "send last" in mount.take()
+    mount.drive()
+    mount.run(2)
+    assert "send first" not in mount.take()
+    mount.run(1.1)
+    assert "send first" in mount.take()
 
 
 @pytest.mark.parametrize("first", [MAGIC.replace(b"1", b"2"), b"\xff" * len(MAGIC)])
