@@ -14,7 +14,7 @@ from healfs.config import shell_word
 from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
-from healfs.fuse.mount import is_mounted
+from healfs.fuse.mount import TYPE, is_mounted, mountinfo
 
 
 class RefusedError(CliError):
@@ -26,6 +26,15 @@ def find(path: str) -> Mount:
     try:
         return mounts.find(path)
     except MountsError as exc:
+        at = mounts.canonical(path) if path else ""
+        if any(
+            place in (at, os.path.dirname(at)) and kind == TYPE for place, kind, _ in mountinfo()
+        ):
+            bad_input(
+                f"{path}: a healfs mount, but not in {mounts.directory_for(at).parent}: run this as"
+                " its owner, or with HEALFS_RUNTIME_DIR as its daemon has it; umount -l is for one"
+                " whose daemon is gone"
+            )
         bad_input(str(exc))
 
 

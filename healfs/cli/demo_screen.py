@@ -37,7 +37,7 @@ class Screen:
 
     def __enter__(self) -> Screen:
         self.running = True
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.live.start()
         return self
 
@@ -73,11 +73,11 @@ class Screen:
         self.parked = int(answer["requests"]["parked"])
 
     def refresh(self) -> None:
-        every = _REFRESH_EVERY if self.console.is_terminal else _LINE_EVERY
+        every = _REFRESH_EVERY if self.console.is_interactive else _LINE_EVERY
         if not (self.running and self.state) or time.monotonic() < self.shown + every:
             return
         self.shown = time.monotonic()
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.live.update(Group(*self._plot((), self.seconds), self._line()), refresh=True)
         else:
             self._print(self._line())

@@ -18,6 +18,7 @@ from typing import IO, Any, NoReturn
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from healfs.cli import config_file, exit_status
 from healfs.cli.completion import Directory, Source
@@ -334,12 +335,12 @@ def _wait_ready(ready: IO[str], config: MountConfig) -> None:
             said = lines(message)
             if event == "waiting":
                 text = one_line(said[0])
-                if not terminal.is_terminal:
+                if not terminal.is_interactive:  # a dumb one shows no spinner
                     error_line(text)
                 elif spinner is None:
                     spinner = stack.enter_context(terminal.status(""))
                 if spinner is not None:
-                    spinner.update(text.replace("[", r"\["))
+                    spinner.update(Text(text))
             elif event == "ready":
                 stack.close()
                 click.echo(message["file"])

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 MS_NOSUID, MS_NODEV, MS_RDONLY = 2, 4, 1
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+TYPE = "fuse.healfs"  # as mountinfo has it
 FUSERMOUNT_SECONDS = 10  # a fusermount3 that takes longer is stuck
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -55,7 +56,7 @@ def _mount_as_root(mountpoint: str, source: str, allow_other: bool, read_only: b
     flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if read_only else 0)
     name = source.encode(errors="surrogateescape")
     path = os.fsencode(mountpoint)
-    if _libc.mount(name, path, b"fuse.healfs", flags, options.encode()):
+    if _libc.mount(name, path, TYPE.encode(), flags, options.encode()):
         errno = ctypes.get_errno()
         os.close(fuse)
         raise MountError(errno, f"cannot mount {mountpoint}: {os.strerror(errno)}")
@@ -155,7 +156,7 @@ def connection_of(mountpoint: str) -> int | None:
     """N of /sys/fs/fuse/connections/N: the device's minor; None: not mounted."""
     found = None
     for place, kind, minor in mountinfo():
-        if place == mountpoint and kind in ("fuse", "fuse.healfs"):
+        if place == mountpoint and kind in ("fuse", TYPE):
             found = minor  # the last one is on top
     return found
 

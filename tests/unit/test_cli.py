@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from healfs.cli import log_options, recovery
+from healfs.cli import daemons, log_options, recovery
 from healfs.cli import mount as mount_module
 from healfs.cli import status as status_module
 from healfs.cli import umount as umount_module
@@ -141,6 +141,15 @@ def test_what_a_worker_is_greeted_with_has_room(tmp_path: Path) -> None:
 
 
 LOG = {"log_size": 64 << 20, "log_entries": 16384, "settle": None, "fence": None}
+
+
+def test_a_mount_of_another_is_not_denied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    at = str(tmp_path / "m")
+    monkeypatch.setattr(daemons, "mountinfo", lambda: iter([(at, "fuse.healfs", 51)]))
+    for path in at, f"{at}/disk.img":
+        said = "a healfs mount, but not in " + str(tmp_path / "run")
+        assert_refused(run("status", path), said, "as its owner")
+    assert_refused(run("status", tmp_path), "not a healfs mount")
 
 
 @pytest.mark.parametrize(

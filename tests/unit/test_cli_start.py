@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -78,6 +79,36 @@ def test_what_it_waits_for_is_said_in_the_words_of_the_system(tmp_path: Path) ->
         line = process.stderr.readline()
         process.kill()
     assert line == ("healfs: waiting for nbd://127.0.0.1:1/: Connection refused (Ctrl-C ends it)\n")
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_terminal_is_told_what_is_waited_for(tmp_path: Path, runtime: Path, term: str) -> None:
+    """Under every name: rich reads markup where it can."""
+    (tmp_path / "m").mkdir()
+    source = f"nbd+unix:///?socket={tmp_path}/a\\[/b][red]"
+    outer, inner = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "healfs.cli.main", "mount", source, str(tmp_path / "m")],
+        stdout=inner,
+        stderr=inner,
+        env={**os.environ, "TERM": term, "COLUMNS": "1000"},
+    )
+    os.close(inner)
+    watchdog = threading.Timer(DEADLINE, process.kill)
+    watchdog.start()
+    shown = b""
+    try:
+        while b"Ctrl-C ends it" not in shown:
+            shown += os.read(outer, 65536)  # EIO when it has ended
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 130
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+        os.close(outer)
+    assert f"waiting for {source}".encode() in shown
+    nobody_left(runtime)
 
 
 def test_a_mount_that_waits_is_shown_and_umount_ends_it(tmp_path: Path, runtime: Path) -> None:
