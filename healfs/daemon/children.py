@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PROTOCOL = 1  # of the messages between keeper and worker, which may be of different versions
+PROTOCOL = 2  # of the messages between keeper and worker, which may be of different versions
 HANDED_OVER = 3  # the exit status of a worker that has made room for a new version
 FAULTED = 4  # of one that has ended itself upon an internal error
 PACKET = 1 << 16

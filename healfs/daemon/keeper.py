@@ -1,6 +1,6 @@
-"""The keeper: holds the FUSE descriptor, the INIT request, the write log's memfd and the control
-socket, starts the worker, and another one when it has died, mounts and unmounts for it, and
-cleans up behind it.
+"""The keeper: holds the FUSE descriptor, the INIT request, the write log's memfd, the control
+socket and the source's lock on this host, starts the worker, and another one when it has died,
+mounts and unmounts for it, and cleans up behind it.
 
 Standard library only, one loop that never waits for anybody, and it never touches the backend or
 the mounted files. Started by `healfs mount` as `python -m healfs.daemon.keeper READY_FD` with the
@@ -8,19 +8,22 @@ mount's configuration on standard input; READY_FD is -1 where `healfs mount` its
 keeper.
 
 Messages on the socket to a worker are JSON objects, one a packet. From the worker:
-{"do": "mount"}, {"do": "umount", "lazy": bool}, {"do": "serving", "version": text, "beats": true},
+{"do": "lock", "name": text, "shared": bool}, {"do": "mount"}, {"do": "umount", "lazy": bool},
+{"do": "serving", "version": text, "beats": true},
 {"do": "init", "request": hex, "reply": hex, "resend": bool}, {"do": "alive"}, {"do": "ready"},
 {"do": "beat", "status": text, "idle": bool}, {"do": "unmounted", "data": object},
 {"do": "event", "event": name, "data": object, "time": seconds};
-the first three get a reply, {"ok": true} (a mount's with the descriptor) or {"error": text,
-"errno": n}. To the worker: a greeting, then {"event": "terminate"}, and {"event": "beat"}, which
-asks one that said "beats" for one. What an upgrade adds: see daemon/upgrading.py.
+the first four get a reply, {"ok": true} (a lock's and a mount's with the descriptor) or
+{"error": text, "errno": n}. To the worker: a greeting, then {"event": "terminate"}, and
+{"event": "beat"}, which asks one that said "beats" for one. What an upgrade adds: see
+daemon/upgrading.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
@@ -33,7 +36,7 @@ from typing import Any
 
 from healfs.config import one_line
 from healfs.control import mounts, unflushed
-from healfs.daemon import lines
+from healfs.daemon import host_lock, lines
 from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program, how, readable
 from healfs.daemon.heartbeat import Heartbeat
 from healfs.daemon.sd_notify import SdNotify
@@ -56,6 +59,7 @@ class Keeper:
         self.text = text
         self.ready = ready
         self.mountpoint = str(config["mountpoint"])
+        self.lock, self.lock_name = -1, ""  # of the source, see daemon/host_lock.py
         self.fuse = -1
         self.connection: int | None = None  # its number in /sys/fs/fuse/connections
         self.init, self.init_reply = "", ""  # in hex, for a worker that takes over
@@ -106,6 +110,8 @@ class Keeper:
             return status
         finally:
             self.upgrading.close()
+            if self.lock >= 0 and self.worker is None:  # else it is held by what cannot end
+                host_lock.release(self.lock_name, self.lock)
             self.claim.release()
 
     def _refuse(self, message: str, status: int) -> int:
@@ -250,6 +256,7 @@ class Keeper:
             "listener": self.listener.fileno(),
             "ready": self.ready,
             "memory": self.memory,
+            "lock": self.lock,
             "fuse": self.fuse,
         }
 
@@ -306,6 +313,8 @@ class Keeper:
 
     def _heard(self, message: dict[str, Any]) -> None:
         match message["do"]:
+            case "lock":
+                self._lock(str(message["name"]), bool(message["shared"]))
             case "mount":
                 self._mount()
             case "umount":
@@ -446,6 +455,18 @@ class Keeper:
             self.say(f"{exc.filename}: {exc.strerror}")
 
     # --- the mount --------------------------------------------------------------------------
+
+    def _lock(self, name: str, shared: bool) -> None:
+        try:
+            self.lock = host_lock.acquire(name, shared=shared)
+            self.lock_name = name
+        except BlockingIOError:
+            text = f"{self.config['source']} is in use by another healfs on this host"
+            self._tell({"error": f"{text}; end that first", "errno": errno.EBUSY})
+        except OSError as exc:
+            self._tell({"error": f"{exc.filename}: {exc.strerror}", "errno": exc.errno or 5})
+        else:
+            self._tell({"ok": True}, (self.lock,))
 
     def _mount(self) -> None:
         source = str(self.config["source"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from contextlib import AbstractContextManager, nullcontext
+import os
 from types import ModuleType
 
 import trio
@@ -11,7 +11,7 @@ import trio
 from healfs.backends import nbd_uri
 from healfs.backends.base import Backend, Geometry, SourceError
 from healfs.config import MountConfig, format_size
-from healfs.daemon.export_lock import locked_export
+from healfs.daemon import host_lock
 from healfs.daemon.report import Report
 from healfs.device import scsi, virtio_blk
 
@@ -44,11 +44,17 @@ def backend_for(config: MountConfig) -> Backend:
     return AlignedBackend(backend)
 
 
-def exclusive(config: MountConfig) -> AbstractContextManager[None]:
-    """Nobody else on this host uses the source meanwhile. Entering raises SourceError."""
-    if config.source.partition("://")[0] in nbd_uri.SCHEMES:
-        return locked_export(config.source, read_only=config.read_only)
-    return nullcontext()  # the file backend locks what it opens
+def lock_name(source: str) -> str:
+    """What is locked for it on this host, see daemon/host_lock.py. Raises SourceError."""
+    if source.partition("://")[0] not in nbd_uri.SCHEMES:
+        # By its name only: its storage may hang. What the name does not tell, the file's own
+        # locks do.
+        return host_lock.name_of("file", os.path.abspath(source))
+    uri = nbd_uri.parse(source)
+    server = f"{uri.host.lower()}:{uri.port}"
+    if uri.socket is not None:
+        server = os.path.realpath(uri.socket)
+    return host_lock.name_of("nbd", f"{server}/{uri.export}")
 
 
 def _plain_backend(config: MountConfig) -> Backend:

@@ -2,7 +2,7 @@
 
 Started by the keeper as `python -m healfs.daemon.worker FDS`, FDS a JSON object of descriptors:
 listener (the control socket), keeper (the socket to it), ready (the pipe to `healfs mount`),
-memory (the memfd of the write log), fuse (of a mount that an earlier worker had, else -1).
+memory (the memfd of the write log), fuse and lock (of a mount that an earlier worker had, else -1).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from healfs.core.engine import Engine
 from healfs.core.request import Done, Request
 from healfs.core.states import State
 from healfs.core.writelog import LayoutError
-from healfs.daemon import commands, faults, fencing, lines, log_file, sources, takeover
+from healfs.daemon import commands, faults, fencing, host_lock, lines, log_file, sources, takeover
 from healfs.daemon.beats import Beats
 from healfs.daemon.children import HANDED_OVER
 from healfs.daemon.log_memory import LogMemory
@@ -61,7 +61,7 @@ class Worker:
         self._fence_wanted = trio.Event()
         self._probe_wanted = trio.Event()
         self.parent = parent
-        self.fuse = fds["fuse"]
+        self.fuse, self.lock = fds["fuse"], fds["lock"]
         self.report = Report(fds["ready"])
         self.listener = socket.socket(fileno=fds["listener"])
         self.backend: Backend = sources.backend_for(config)
@@ -160,6 +160,8 @@ class Worker:
             await self.backend.aclose()
         if self.parent.gone.is_set():
             mounts.clear_dead(self.parent.greeting["directory"])
+            if self.lock >= 0:
+                host_lock.release(sources.lock_name(self.config.source), self.lock)
         return self._early_end if status is None else status
 
     async def _end_early(self, scope: trio.CancelScope, why: Callable[[], Awaitable[None]]) -> None:
@@ -182,12 +184,14 @@ class Worker:
         if self.parent.greeting["init"]:
             self._take_over()
             return None
+        config = self.config
         try:
-            size = self.config.size
-            if not self.config.no_wait or size is None:
-                self.geometry = await sources.first_connection(
-                    self.backend, self.config, self.report
-                )
+            name = sources.lock_name(config.source)
+            lock = {"do": "lock", "name": name, "shared": config.read_only}
+            self.lock = await self.parent.ask(lock)
+            size = config.size
+            if not config.no_wait or size is None:
+                self.geometry = await sources.first_connection(self.backend, config, self.report)
                 size = self.geometry.size
             fuse = await self.parent.ask({"do": "mount"})
         except (SourceError, ParentError) as exc:
@@ -460,20 +464,17 @@ async def _main(fds: dict[str, int]) -> int:
     log_file.set_up(str(parent.greeting["log"]))
     if "package" in parent.greeting and not await takeover.wait_as_candidate(parent, fds["memory"]):
         return 1
-    with contextlib.ExitStack() as held:
-        try:
-            takeover.check_protocol(parent.greeting)
-            config = MountConfig.from_json(parent.greeting["config"])
-            held.enter_context(sources.exclusive(config))
-            worker = Worker(config, parent, fds)
-        except LayoutError as exc:
-            log.error("this version of healfs cannot take over: %s", exc)
-            return 1
-        except SourceError as exc:
-            status = sources.exit_status(exc)
-            Report(fds["ready"]).error(str(exc), status)
-            return status
-        return await worker.run()
+    try:
+        takeover.check_protocol(parent.greeting)
+        worker = Worker(MountConfig.from_json(parent.greeting["config"]), parent, fds)
+    except LayoutError as exc:
+        log.error("this version of healfs cannot take over: %s", exc)
+        return 1
+    except SourceError as exc:
+        status = sources.exit_status(exc)
+        Report(fds["ready"]).error(str(exc), status)
+        return status
+    return await worker.run()
 
 
 if __name__ == "__main__":

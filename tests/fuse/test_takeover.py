@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 from pathlib import Path
 
-from tests.backends.nbd_servers import NbdServer
+import pytest
+
+from tests.backends.nbd_servers import NbdServer, wait_until
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
@@ -80,5 +83,35 @@ def test_the_successor_has_the_policy_the_owner_the_mode_and_the_pause(
 def test_a_worker_that_dies_in_a_mount_that_is_unmounted(commands: Commands, image: Path) -> None:
     """The keeper does not start another one for a mount that goes away."""
     assert commands.mount(image).returncode == 0
+    assert commands.run("umount", commands.mountpoint).returncode == 0
+    commands.nothing_left()
+
+
+@pytest.mark.parametrize("kind", ["file", "nbd"])
+def test_nobody_gets_the_source_between_two_workers(
+    commands: Commands, server: NbdServer, image: Path, kind: str
+) -> None:
+    source = server.uri() if kind == "nbd" else image
+    assert commands.mount(source).returncode == 0
+    pids = commands.status()["pids"]
+    os.kill(pids["keeper"], signal.SIGSTOP)
+    try:
+        os.kill(pids["worker"], signal.SIGKILL)
+        with Commands() as second:
+            done = second.mount(source)
+            assert done.returncode == 1 and "in use by another healfs" in done.stderr
+            second.nothing_left()
+    finally:
+        os.kill(pids["keeper"], signal.SIGCONT)
+    wait_until(lambda: not commands.run("umount", commands.mountpoint).returncode, "the umount")
+    with Commands() as second:
+        assert second.mount(source).returncode == 0
+        pids = second.status()["pids"]
+        os.kill(pids["keeper"], signal.SIGKILL)  # then the worker has it alone
+        wait_until(lambda: second.status()["pids"]["keeper"] == 0, "the keeper's end")
+        assert commands.mount(source).returncode == 1
+        assert second.run("umount", second.mountpoint).returncode == 0
+        second.nothing_left(30)
+    assert commands.mount(source).returncode == 0
     assert commands.run("umount", commands.mountpoint).returncode == 0
     commands.nothing_left()

@@ -245,7 +245,7 @@ def _has_larger_records(version: Version) -> None:
 
 
 def _speaks_another_protocol(version: Version) -> None:
-    version.change("daemon/children.py", "PROTOCOL = 1", "PROTOCOL = 2")
+    version.change("daemon/children.py", "PROTOCOL = 2", "PROTOCOL = 3")
 
 
 def _knows_no_such_option(version: Version) -> None:
@@ -259,7 +259,7 @@ REFUSED = {
     _has_other_features: "its FUSE features differ from the mount's (flags 0x100000000)",
     _has_another_layout: "the write log is of layout",
     _has_larger_records: "bytes of memory for the write log",
-    _speaks_another_protocol: "the keeper speaks protocol 1, not 2",
+    _speaks_another_protocol: "the keeper speaks protocol 2, not 3",
     _knows_no_such_option: "not a mount's configuration",
 }
 
