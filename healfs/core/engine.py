@@ -1118,6 +1118,7 @@ class Engine:
         then `start`.
         """
         found, attempts = self.log.recover(_nobody)
+        self.log.ring.shut()  # what was in flight there may go on until there is a connection
         saved: Any = self.log.saved() or {}
         self._load(saved)
         now = self.clock()

@@ -26,6 +26,7 @@ cdef class PayloadRing:
     cdef public long long overflow
     cdef object _pages
     cdef long long _ready
+    cdef bint _is_shut
 
     @cython.locals(place="long long", rest="long long")
     cdef long long _room(self, long long length) except -2

@@ -62,6 +62,7 @@ class PayloadRing:
         self.overflow = 0  # bytes in ordinary memory
         self._pages = pages
         self._ready = 0  # so many bytes from the start have their pages
+        self._is_shut = False
         self.at = self._room(message)  # in `memory`: where the next payload goes; -1: no room
 
     @property
@@ -76,6 +77,8 @@ class PayloadRing:
     def _room(self, length: int) -> int:
         """Where `length` bytes are free in one piece, at the head; -1: nowhere. Moves the head over
         an end too short."""
+        if self._is_shut:
+            return -1
         place = self._head % self.size
         rest = self.size - place
         if rest < length:
@@ -100,7 +103,7 @@ class PayloadRing:
 
     def shrink(self) -> None:
         """Give memory back, if nothing is kept in it."""
-        if not self._slots and not self.is_small:
+        if not self._slots and not self.is_small and not self._is_shut:
             self._pages.drop(STEP, self._ready)
             self._ready = STEP
 
@@ -147,8 +150,15 @@ class PayloadRing:
         slot.free = True
         self.advance()
 
+    def shut(self) -> None:
+        """Give no room, until `unpin`: what an earlier worker had in flight may still read from
+        anywhere, also from where nothing is kept any more."""
+        self._is_shut = True
+        self.at = -1
+
     def unpin(self, slots: list[Slot]) -> None:
         """Nothing of the closed connection goes on any more."""
+        self._is_shut = False
         for slot in slots:
             slot.pinned = False
         self.advance()

@@ -41,7 +41,7 @@ class Attempt:
     tells_after: float = 0.0
     applied: bool = False
     replied: bool = False
-    data: bytearray | None = None
+    data: bytearray | memoryview | None = None
     covers: list[tuple[int, Cached]] | None = None  # of a flush
 
 
@@ -103,6 +103,7 @@ class Server:
         self.last_session = 0
         self._hands: list[Attempt] = []  # of the living connection, not replied
         self._ghosts: list[Attempt] = []
+        self.still_reading: list[Attempt] = []  # until there is a connection, which waits for them
         self._tries: dict[tuple[int, int, int], int] = {}
         self.untaken: set[int] = set()  # ids of requests that no socket ever took
         self._calm = False
@@ -124,6 +125,9 @@ class Server:
 
     def accept(self) -> int:
         """A new connection. What the old one left in flight has its fate already."""
+        reading, self.still_reading = self.still_reading, []
+        for attempt in reading:
+            self._apply(attempt, torn=False)
         self.last_session += 1
         self.session = self.last_session
         self._dies_after = 0
@@ -149,7 +153,10 @@ class Server:
         luck = attempt.luck * 8 % 1
         if attempt.request.kind is Kind.FLUSH or luck < 0.3:
             return
-        if luck < 0.5 or not self.options.late:
+        if self.options.reads_on and attempt.request.kind is Kind.WRITE:
+            attempt.data = attempt.request.data  # no copy
+            self.still_reading.append(attempt)
+        elif luck < 0.5 or not self.options.late:
             self._apply(attempt, torn=self.options.torn)
         else:
             # The bytes left long ago; somebody between holds them back.

@@ -68,6 +68,9 @@ def strike(world: World, fault: Fault) -> None:
         case "fail":
             world.fail()
         case "worker":
+            if world.plan.options.reads_on:  # callers go with it, and it takes a while
+                world.callers_go(number)
+                server.away_until = max(server.away_until, world.now + 0.05)
             world.worker_dies()
         case "killed":
             _arm(world, number >> 2, ("any", "replay", "replay", "frees")[number % 4])

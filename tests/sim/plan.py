@@ -59,6 +59,7 @@ class Options:
     accept: bool = False  # the operator takes another disk for the right one, or drops the log
     killed: bool = False  # the worker dies between two stores of the log's table
     probe: bool = False  # EIO may mean that the storage is away; a probe tells
+    reads_on: bool = False  # an abandoned write reads its payload until there is a connection
     fua_fails: bool = False  # the fsync of a FUA write takes the error of all, and tells it late
 
     def only(self, names: set[str]) -> Options:
@@ -83,6 +84,7 @@ WITH_LOG = replace(
     killed=True,
     probe=True,
     fua_fails=True,
+    reads_on=True,
 )
 
 
@@ -142,6 +144,7 @@ _MANNERS = {
 }
 # Chosen last and by a generator of their own, so that older seeds mean what they meant.
 _ADDED = {"short", "accept", "killed", "probe", "fua_fails"}
+_BY_SEED = {"reads_on"}  # chance has no part in it, so that older seeds mean what they meant
 _KINDS = [Kind.WRITE] * 9 + [Kind.READ] * 7 + [Kind.FLUSH] * 4
 _KINDS += [Kind.WRITE_ZEROES, Kind.DISCARD]
 
@@ -150,6 +153,7 @@ def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
     """The plan of a seed. Each run has some of the faults only: all at once hide each other."""
     rng = random.Random(seed)
     allowed = [f.name for f in fields(options) if getattr(options, f.name)]
+    allowed = [name for name in allowed if name not in _BY_SEED]
     added = [name for name in allowed if name in _ADDED]
     allowed = [name for name in allowed if name not in _ADDED]
     chosen = {name for name in allowed if name in _MANNERS and rng.random() < 0.8}
@@ -157,7 +161,9 @@ def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
     chosen |= set(rng.sample(faults, min(len(faults), rng.randint(1, 6))))
     if "disconnect" in allowed and rng.random() < 0.8:
         chosen.add("disconnect")
-    used = options.only(chosen)
+    used = options.only(chosen | _BY_SEED)
+    if seed % 3:
+        used = replace(used, **dict.fromkeys(_BY_SEED, False))
     sectors = rng.choice((16, 32, 48, 64))
     clients = rng.randint(1, 4)
     end = rng.choice((2.0, 8.0, 30.0, 120.0))

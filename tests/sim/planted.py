@@ -18,6 +18,7 @@ from healfs.core import request as requests
 from healfs.core.engine import Engine
 from healfs.core.overlap import Overlap
 from healfs.core.request import TAG_MASK, Kind, Phase, Request
+from healfs.core.ring import PayloadRing
 from healfs.core.states import State
 from healfs.core.unsettled import Unsettled
 from healfs.core.writelog import WriteLog
@@ -250,6 +251,7 @@ LOSSES = replace(TODAY, cache_loss=True)
 SILENCES = Options(flush_loses=True).only({"freeze", "flush_loses", "delay"})
 BESIDE = Options(flush_loses=True, fua_fails=True).only({"delay", "flush_loses", "fua_fails"})
 PAUSES = WITH_LOG.only({"pause", "disconnect", "cache_loss"})
+READS_ON = WITH_LOG.only({"reads_on", "worker"})
 CRASHES = replace(TODAY, late=True, worker=True)
 KILLS = WITH_LOG.only({"refused_entry", "killed"})
 CHANGES = WITH_LOG.only({"worker", "killed", "late", "torn"})
@@ -304,6 +306,12 @@ BUGS = (
     Bug("latched after a silence", ("lost answer",), StaysLatched, SILENCES),
     Bug("flush beside a FUA write", LIES, FlushDoesNotWaitForFua, BESIDE),
     Bug("a replay goes on in a pause", ("sent in a pause",), ReplaysInAPause, PAUSES),
+    Bug(
+        "ring with room where the last worker's attempts read",
+        ("garbage", *LIES),
+        options=READS_ON,
+        patch=_patched(PayloadRing, "shut", lambda self: None),
+    ),
     Bug("unsettled set lost with the worker", LIES, UnsettledLostWithTheWorker, CRASHES),
     Bug("resent bytes answered, not sent", LIES, ResentAnsweredUnsent, CRASHES),
     Bug("resent bytes sent, not the saved ones", ("changed",), ResentWithItsNewBytes, CHANGES),

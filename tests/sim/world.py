@@ -251,7 +251,7 @@ class World:
         if id(slot) in self._released and self._released[id(slot)] is slot:
             raise Violation("released twice", str(slot.request))
         self._released[id(slot)] = slot
-        if not slot.pinned:
+        if not slot.pinned and not self.server.still_reading:
             slot.data[:] = encode([POISON]) * (len(slot.data) // SECTOR)
 
     def taken(self, request: Request) -> bool:
@@ -393,6 +393,11 @@ class World:
             raise Violation("lost answer", f"{left[0]} was failed and is not answered")
         if sum(n["requests"] for n in given_up.values()) != len(waiting):
             raise Violation("miscounted", f"{len(waiting)} were failed, not {given_up}")
+
+    def callers_go(self, number: int) -> None:
+        for op in self.oracle.unanswered():
+            if chance(self.plan.seed, number, op.id) < 0.5:
+                self._cancel(op)
 
     def worker_dies(self) -> None:
         """kill -9: what the kernel has no answer for comes again, to a successor on the memory

@@ -53,6 +53,24 @@ def test_a_full_ring_takes_ordinary_memory_and_comes_back():
     assert ring.overflow == 0
 
 
+def test_a_ring_that_is_shut_gives_no_room_until_it_is_unpinned():
+    memory = bytearray(4 * MESSAGE)
+    ring = PayloadRing(memoryview(memory), MESSAGE)
+    ring.target()[:5] = b"first"
+    kept = ring.keep(5)
+    ring.shut()
+    ring.release(kept)
+    assert ring.at < 0 and ring.store(b"no") is None
+    ring.target()[:6] = b"second"
+    outside = ring.keep(6)
+    assert bytes(memory[:6]) == b"first\0" and not outside.end and ring.overflow == 6
+    ring.release(outside)
+    ring.unpin([])
+    assert ring.at == 0
+    ring.target()
+    assert ring.keep(5).end
+
+
 def test_payloads_begin_on_a_page():
     ring = PayloadRing(memoryview(bytearray(8 * MESSAGE)), MESSAGE)
     for length in (1, 4095, 4096, 4097):

@@ -68,6 +68,22 @@ def test_the_retry_timeout_counts_from_the_death():
     assert answers == [e.EIO]
 
 
+def test_a_successor_writes_nothing_where_the_old_workers_attempts_may_read():
+    """The write was given up, so nobody sends it again, but its attempt may go on until the new
+    connection, which waits for it."""
+    mount = Mount()
+    attempt = mount.request("a", Kind.WRITE, 0, 4096).data
+    mount.cancel("a")
+    mount.dies()
+    mount.write("b", 1)
+    assert bytes(attempt) == b"a" * 4096
+    mount.engine.connected(SIZE)
+    mount.take()
+    mount.write("c", 2)
+    mount.ok("b", "c")
+    assert mount.answers["b"] == mount.answers["c"] == (0, None)
+
+
 def test_who_makes_room_sends_nothing_more_but_the_flush_that_is_waited_for():
     mount = Playbook()
     mount.write("a", 0)
