@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 HEALFS = ROOT / ".venv/bin/healfs"
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 
+ASKING = ("status", "policy")
+
 Status = dict[str, Any]
 
 
@@ -69,14 +71,20 @@ class HealfsMount:
         self, *arguments: str, timeout: float = 120, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """`healfs ARGUMENTS` with this mount's runtime directory."""
-        done = subprocess.run(
-            (HEALFS, *arguments),
-            env=os.environ | {"HEALFS_RUNTIME_DIR": str(self.runtime)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        until = time.monotonic() + timeout
+        while True:
+            done = subprocess.run(
+                (HEALFS, *arguments),
+                env=os.environ | {"HEALFS_RUNTIME_DIR": str(self.runtime)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+            # healfs itself waits for five seconds: too few, at times, for a machine that is busy.
+            silent = "does not answer; try again" in done.stderr and arguments[0] in ASKING
+            if not (check and silent and time.monotonic() < until):
+                break
         if check and done.returncode:
             raise subprocess.CalledProcessError(
                 done.returncode, f"healfs {' '.join(arguments)}: {done.stderr}", done.stdout

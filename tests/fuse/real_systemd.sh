@@ -13,7 +13,7 @@ if [ "$2" != inside ]; then
         --uts --ipc --cgroup "$0" "$directory" inside
 fi
 # What others unmount outside must not live on here.
-findmnt -rn -o TARGET,FSTYPE | sed -n 's/ fuse\..*//p' | xargs -r umount -l
+findmnt -rn -o TARGET,FSTYPE | sed -n 's/ fuse\..*//p' | xargs -r umount -l || true  # or have unmounted just now
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup

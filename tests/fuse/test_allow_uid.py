@@ -21,13 +21,7 @@ def _as(commands: Commands, uid: int, *arguments: str) -> subprocess.CompletedPr
 
 
 @pytest.fixture
-def shared(commands: Commands, image: Path) -> Commands:
-    if subprocess.run(
-        ["setpriv", f"--reuid={ALLOWED}", "--clear-groups", HEALFS, "--version"],
-        capture_output=True,
-        timeout=60,
-    ).returncode:
-        pytest.skip("other users cannot run healfs from here")
+def shared(other_users: None, commands: Commands, image: Path) -> Commands:
     commands.directory.chmod(0o755)
     done = commands.mount(image, "--allow-uid", str(ALLOWED), "--allow-uid", "1")
     assert done.returncode == 0, done.stderr
@@ -93,7 +87,9 @@ def test_the_allowed_may_and_others_may_not_through_a_death_and_an_upgrade(
     assert _events(shared)[-1]["data"]["uid"] == ALLOWED  # type: ignore[index]
 
 
-def test_without_the_option_nobody_else_finds_the_socket(commands: Commands, image: Path) -> None:
+def test_without_the_option_nobody_else_finds_the_socket(
+    other_users: None, commands: Commands, image: Path
+) -> None:
     commands.directory.chmod(0o755)
     assert commands.mount(image).returncode == 0
     assert {path.stat().st_mode & 0o777 for path in commands.runtime.glob("*/control")} == {0o600}
@@ -107,7 +103,9 @@ def test_what_is_no_uid(commands: Commands, image: Path, uid: str) -> None:
     assert done.returncode == 2 and "--allow-uid" in done.stderr
 
 
-def test_roots_mounts_are_found_without_a_word(commands: Commands, image: Path) -> None:
+def test_roots_mounts_are_found_without_a_word(
+    other_users: None, commands: Commands, image: Path
+) -> None:
     """In a mount namespace with a /run of its own: as root's mounts of every day."""
     commands.directory.chmod(0o755)
     words = [str(HEALFS), "mount", str(image), str(commands.mountpoint)]

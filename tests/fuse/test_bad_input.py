@@ -3,6 +3,7 @@ changed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import socket
@@ -136,7 +137,7 @@ def no_nbd() -> Iterator[int]:
                     client, _ = listener.accept()
                 except OSError:
                     return
-                with client:
+                with client, contextlib.suppress(OSError):  # it has hung up
                     client.sendall(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n" * 10)
 
         thread = threading.Thread(target=serve, daemon=True)

@@ -15,7 +15,7 @@ from tests.conftest import Mounter
 from tests.fuse.commands import Commands
 from tests.mounts import HealfsMount
 
-DEADLINE = 60
+DEADLINE = 240
 
 
 @contextlib.contextmanager

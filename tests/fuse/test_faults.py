@@ -23,7 +23,7 @@ from tests.killpoints import kill_points as kill_points
 from tests.mounts import ROOT, HealfsMount
 
 BLOCK = b"x" * 4096
-GENEROUS = 30.0
+GENEROUS = 120.0
 BY_ERROR = "ended by an internal error"
 
 

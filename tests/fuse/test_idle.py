@@ -13,7 +13,7 @@ from tests.fuse.conftest import Opener
 from tests.mounts import HealfsMount
 
 QUIET = 3.0  # seconds: three beats
-GENEROUS = 60.0
+GENEROUS = 240.0
 
 
 def _woken(pids: list[int]) -> int:

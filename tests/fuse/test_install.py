@@ -17,7 +17,7 @@ from tests.docs.test_man import ALIASES
 from tests.fuse.commands import Commands
 from tests.mounts import ROOT
 
-SECONDS = 300  # pip builds the wheels that it has not in its cache
+SECONDS = 1800  # pip builds the wheels that it has not in its cache
 PREFIX = "usr/local"
 
 
@@ -72,7 +72,7 @@ def test_man_finds_each_verb(stage: Path, name: str) -> None:
         pytest.skip("needs man")
     pages = stage / PREFIX / "share/man"
     done = subprocess.run(
-        ["man", "-M", pages, "-P", "cat", name], capture_output=True, text=True, timeout=60
+        ["man", "-M", pages, "-P", "cat", name], capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0 and "NAME" in done.stdout, done.stderr
     verb = name.removeprefix("healfs-").upper()
@@ -142,7 +142,7 @@ def test_the_shells_complete(
         "HOME": str(tmp_path),
     }
     done = subprocess.run(
-        [shell, "-c", script], env=environment, capture_output=True, text=True, timeout=60
+        [shell, "-c", script], env=environment, capture_output=True, text=True, timeout=240
     )
     assert wanted in done.stdout, done
 
@@ -162,7 +162,7 @@ def test_the_installed_command_mounts(
             env=commands.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -187,7 +187,7 @@ def test_systemd_accepts_the_unit(stage: Path, tmp_path: Path) -> None:
         ["systemd-analyze", "verify", "--man=no", placed],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

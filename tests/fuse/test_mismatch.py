@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
+from tests.backends.nbd_servers import NbdServer, nbdkit
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
@@ -176,21 +176,14 @@ def test_a_disk_that_grew_is_the_same(away: Away) -> None:
     assert away.mount.status()["size"] == SIZE
 
 
-def stopped(pid: int) -> bool:
-    """All its threads: kill(2) returns before they are."""
-    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
-
-
 def test_the_connection_that_hangs_is_given_up(
     exchange: Exchange, healfs_mount: Mounter, agent: Opener
 ) -> None:
     exchange.serve(exchange.image("disk.raw"))
-    mount = healfs_mount(exchange.server.uri(), "--settle", "1h")
+    mount = healfs_mount(exchange.server.uri(), "--settle", "1h", "--slow-after", "1h")
     disk = agent(mount.file)
     disk.ok("pwrite", SECOND, WAITING)
     exchange.server.pause()
-    wait_until(lambda: stopped(exchange.server.pid), "the server to stop")
     disk.ask("pwrite", 0, ANSWERED)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     said = mount.run("reconnect", str(mount.mountpoint))
@@ -242,10 +235,10 @@ def test_a_fence_decides(
     told, may = tmp_path / "told", tmp_path / "may"
     fence = f"env >{told}; test -e {may} || {{ echo not yet >&2; exit 3; }}"
     exchange.serve(exchange.image("disk.raw"))
-    mount = healfs_mount(exchange.server.uri(), "--fence", fence, "--retry-interval", "100ms")
+    options = ("--fence", fence, "--retry-interval", "100ms", "--slow-after", "1h")
+    mount = healfs_mount(exchange.server.uri(), *options)
     disk = agent(mount.file)
     exchange.server.pause()
-    wait_until(lambda: stopped(exchange.server.pid), "the server to stop")
     disk.ask("pwrite", 0, ANSWERED)
     mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)
     with control(mount) as control_:

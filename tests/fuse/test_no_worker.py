@@ -22,8 +22,8 @@ from tests.fuse.test_upgrade import WORKER, Version
 from tests.mounts import ROOT, HealfsMount
 
 BLOCK = b"x" * 4096
-GENEROUS = 30.0
-AT_ONCE = 10.0  # seconds: what must not wait for anybody, on a busy machine
+GENEROUS = 120.0
+AT_ONCE = 60.0  # seconds: what must not wait for anybody, on a busy machine
 
 
 def _problem(mount: HealfsMount) -> str:
@@ -65,7 +65,9 @@ def test_a_worker_that_dies_again_and_again(
     os.kill(before["pids"]["worker"], signal.SIGKILL)
     writer.ask("pwrite", 0, BLOCK)
     wait_until(lambda: "no worker runs: 4 in a row ended with status 9" in log.read_text(), "four")
-    assert "4 in a row ended with status 9 before anything was answered" in _problem(mount)
+    # Another one may have died since.
+    said = r"\d+ in a row ended with status 9 before anything was answered"
+    assert re.search(said, _problem(mount))
     # The pauses grow.
     pauses = [float(p) for p in re.findall(r"is started ([0-9.]+) s after", log.read_text())]
     assert pauses[:4] == [0.1, 0.2, 0.4, 0.8]
@@ -192,7 +194,7 @@ def test_an_upgrade_of_a_worker_that_cannot_end_is_given_up(
     caller.ask("fsync")
     wait_until(lambda: held_store.held() > held, "the fsync in the store")
     upgrading = Version(tmp_path / "version").start_upgrade(mount)
-    _, wrong = upgrading.communicate(timeout=60)
+    _, wrong = upgrading.communicate(timeout=240)
     assert upgrading.returncode == 1 and "the old worker was killed and cannot end" in wrong
     assert mount.processes().count(before["pids"]["worker"]) == 1
     held_store.release()

@@ -149,14 +149,14 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
     with open(device, "xb") as file:
         file.truncate(24 << 20)
     where.mkdir()
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", device], check=True, timeout=60)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", device], check=True, timeout=240)
     done = subprocess.run(
-        ["mount", "-o", "loop", device, where], capture_output=True, text=True, timeout=60
+        ["mount", "-o", "loop", device, where], capture_output=True, text=True, timeout=240
     )
     if done.returncode:
         pytest.skip(f"no loop device: {done.stderr.strip()}")
     yield where
-    subprocess.run(["umount", "-l", where], check=True, timeout=60)
+    subprocess.run(["umount", "-l", where], check=True, timeout=240)
 
 
 @pytest.mark.parametrize("policy", ["enospc", "retry"])
@@ -244,9 +244,12 @@ def test_when_the_retry_timeout_runs_out_then_decides(
             else:  # there is no enospc for reads: they have their own `then`
                 assert reader.answer().errno == errno.EIO
         # The time is up for the whole outage, not for each request.
-        before = time.monotonic()
-        assert writer.do("pwrite", 0, BLOCK).errno == answer.errno
-        assert time.monotonic() - before < 2
+        took: list[float] = []
+        while min(took, default=2) >= 2:  # a busy machine adds some, at times
+            assert len(took) < 10, took
+            before = time.monotonic()
+            assert writer.do("pwrite", 0, BLOCK).errno == answer.errno
+            took.append(time.monotonic() - before)
         server.start()
         disk.state("ready")
         assert writer.ok("pread", 0, 512) == b"\xff" * 512
@@ -255,18 +258,18 @@ def test_when_the_retry_timeout_runs_out_then_decides(
 def test_the_timeout_counts_from_the_start_of_the_outage(
     server: NbdServer, healfs_mount: Mounter, agent: Opener
 ) -> None:
-    mount = healfs_mount(server.uri(), "--read-retry-timeout", "5s")
+    mount = healfs_mount(server.uri(), "--read-retry-timeout", "14s")
     reader, writer = agent(mount.file), agent(mount.file)
     with control(mount) as disk:
         server.kill()
         disk.state("stalled")
         writer.ask("pwrite", 0, BLOCK)
-        disk.until(lambda status: status["outages"]["current_seconds"] >= 4)
+        disk.until(lambda status: status["outages"]["current_seconds"] >= 11)
         assert not writer.answered
         reader.ask("pread", 0, 512)
         assert reader.answer().errno == errno.EIO
-        # Counted from the request, it would be 9 at the least.
-        assert 5 <= disk.status()["outages"]["current_seconds"] < 9
+        # Counted from the request, it would be 25 at the least.
+        assert 14 <= disk.status()["outages"]["current_seconds"] < 25
         assert not writer.answered  # writes have no time-out
         server.start()
         assert writer.answer().value == 4096
@@ -275,7 +278,7 @@ def test_the_timeout_counts_from_the_start_of_the_outage(
 def test_a_hang_counts_from_the_sending_of_the_oldest_request(
     server: NbdServer, healfs_mount: Mounter, agent: Opener
 ) -> None:
-    mount = healfs_mount(server.uri(), "--slow-after", "1s", "--retry-timeout", "2s")
+    mount = healfs_mount(server.uri(), "--slow-after", "1s", "--retry-timeout", "10s")
     reader = agent(mount.file)
     with control(mount) as disk:
         server.pause()
@@ -285,7 +288,7 @@ def test_a_hang_counts_from_the_sending_of_the_oldest_request(
         assert status["outages"]["current_seconds"] >= 1
         assert reader.answer().errno == errno.EIO
         status = disk.status()
-        assert status["outages"]["current_seconds"] >= 2
+        assert status["outages"]["current_seconds"] >= 10
         # It is still in the server's hands.
         assert status["requests"] == {"in_flight": 0, "parked": 0, "unsettled": 1}
         server.resume()
@@ -323,8 +326,8 @@ def test_a_shorter_retry_interval_is_in_force_at_once(
         with control(mount) as disk:
             server.kill()
             writer.ask("pwrite", 0, BLOCK)
-            # 10 ms doubled nine times is more than 5 s: the next try is far away.
-            disk.until(lambda status: status["outages"]["current_seconds"] > 6)
+            # 10 ms doubled, and doubled: between 20.5 s and 30.7 s there is no try.
+            disk.until(lambda status: status["outages"]["current_seconds"] > 20.5)
             server.start()
             mount.policy("--retry-interval", "50ms")
-            assert writer.answer(seconds=5).value == 4096
+            assert writer.answer(seconds=9).value == 4096

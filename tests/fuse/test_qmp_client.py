@@ -13,7 +13,7 @@ from tests.conftest import Mounter
 from tests.fuse.agent import Agent
 from tests.fuse.conftest import Opener
 
-DEADLINE = 60
+DEADLINE = 240
 
 
 async def _talk(path: str, server: NbdServer, writer: Agent) -> None:

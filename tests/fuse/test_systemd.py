@@ -19,7 +19,7 @@ from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
 from tests.mounts import ROOT
 
-GENEROUS = 60.0
+GENEROUS = 240.0
 BLOCK = b"x" * 4096
 Message = dict[str, str]
 
@@ -155,7 +155,7 @@ def test_the_status_follows_an_outage(manager: Manager, server: NbdServer) -> No
 def test_a_worker_that_hangs_starves_the_watchdog_until_it_is_replaced(
     manager: Manager, image: Path
 ) -> None:
-    manager.commands.environment |= {"WATCHDOG_USEC": "12000000"}
+    manager.commands.environment |= {"WATCHDOG_USEC": "30000000"}
     running = manager.start(image)
     manager.ready()
     manager.until(lambda message: message.get("WATCHDOG") == "1")
@@ -173,7 +173,7 @@ def test_a_worker_that_hangs_starves_the_watchdog_until_it_is_replaced(
         one.ended()
     fed = [at for at, message in manager.had if message.get("WATCHDOG") == "1"]
     gaps = [later - at for at, later in itertools.pairwise(fed)]
-    assert fed[-1] > held and 4 < max(gaps) < 12  # the limit is half of the 12 s
+    assert fed[-1] > held and 10 < max(gaps) < 30  # the limit is half of the 30 s
 
 
 @pytest.mark.parametrize("kernel", ["this", "before 6.9"])
@@ -181,12 +181,12 @@ def test_the_watchdog_of_a_disk_that_nobody_uses_is_fed(
     manager: Manager, image: Path, kernel: str
 ) -> None:
     """By the keeper alone; where no worker could be replaced, too."""
-    manager.commands.environment |= {"WATCHDOG_USEC": "4000000"}
+    manager.commands.environment |= {"WATCHDOG_USEC": "12000000"}
     if kernel != "this":
         manager.commands.environment["PYTHONPATH"] = str(ROOT / "tests/fuse/old_kernel")
     manager.start(image)
     manager.ready()
-    for _ in range(10):
+    for _ in range(6):
         manager.until(lambda message: message.get("WATCHDOG") == "1")
     fed = [at for at, message in manager.had if message.get("WATCHDOG") == "1"]
-    assert max(later - at for at, later in itertools.pairwise(fed)) < 4
+    assert max(later - at for at, later in itertools.pairwise(fed)) < 12

@@ -25,9 +25,9 @@ def test_what_waits_in_an_outage_is_answered_by_the_successor(
     server.kill()
     for number, writer in enumerate(writers):
         writer.ask("pwrite", number * 4096, bytes([number + 1]) * 4096)
-    mount.wait_until(lambda status: status["requests"]["parked"] == 4, 30)
+    mount.wait_until(lambda status: status["requests"]["parked"] == 4)
     mount.kill_worker()
-    mount.wait_until(lambda status: status["requests"]["parked"] == 4, 30)
+    mount.wait_until(lambda status: status["requests"]["parked"] == 4)
     server.start()
     assert [writer.answer().errno for writer in writers] == [0] * 4
     read = agent(mount.file).ok("pread", 0, 4 * 4096)
@@ -70,7 +70,7 @@ def test_the_successor_has_the_policy_the_owner_the_mode_and_the_pause(
     assert after["pause"] == before["pause"] and after["pause"]["by"] == "operator"
     # The kernel keeps attributes for an hour: this asks the successor.
     stat = ["stat", "--cached=never", "--format=%u %g %a", str(mount.file)]
-    found = subprocess.run(stat, capture_output=True, text=True, check=True, timeout=30).stdout
+    found = subprocess.run(stat, capture_output=True, text=True, check=True, timeout=120).stdout
     assert found == "64055 108 640\n"
     writer.ask("pwrite", 0, b"x" * 512)
     mount.wait_until(lambda status: status["requests"]["parked"] == 1)

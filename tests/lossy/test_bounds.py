@@ -20,7 +20,7 @@ def _fio(file: Path, block: str) -> subprocess.Popen[str]:
     """Writes all of the disk without a flush, then reads it back and compares."""
     return subprocess.Popen(
         [
-            *("setpriv", "--pdeathsig", "KILL", "timeout", "-s", "KILL", "100"),
+            *("setpriv", "--pdeathsig", "KILL", "timeout", "-s", "KILL", "600"),
             *("fio", "--name=bounds", f"--filename={file}", "--allow_file_create=0"),
             *("--ioengine=libaio", "--direct=1", "--invalidate=0", "--fallocate=none"),
             *("--rw=randwrite", f"--bs={block}", f"--size={SIZE >> 20}M", "--iodepth=64"),
@@ -44,8 +44,8 @@ def test_writes_wait_while_the_log_is_full(
     block: str,
     unit: str,
 ) -> None:
-    server.set(flush_delay=0.15)
-    mount = healfs_mount(server.uri(), *option)
+    server.set(flush_delay=0.3)
+    mount = healfs_mount(server.uri(), *option, "--slow-after", "1h")
     with control(mount) as disk:
         load = _fio(mount.file, block)
 
@@ -59,7 +59,7 @@ def test_writes_wait_while_the_log_is_full(
         times = 0
         while load.poll() is None and times < 3:
             times += is_full(disk)
-        said, _ = load.communicate(timeout=100)
+        said, _ = load.communicate(timeout=600)
         assert load.returncode == 0, said
         assert times == 3, "the log was never full"
         status = disk.status()
@@ -92,7 +92,7 @@ def test_what_is_in_a_full_log_is_not_lost(
     """The server hangs in its flush, and dies with all of the log in its cache."""
     mount = healfs_mount(server.uri(), "--log-size", "4M")
     writer = agent(mount.file)
-    server.set(flush_delay=100)
+    server.set(flush_delay=1000)
     with control(mount) as disk:
         block = 0
         while True:
@@ -124,7 +124,7 @@ def test_a_flush_covers_what_came_before_it_only(
     mount = healfs_mount(server.uri(), "--log-size", "4M")
     writer = agent(mount.file)
     length = 64 << 10
-    server.set(flush_delay=2, flush_early=True)
+    server.set(flush_delay=8, flush_early=True)
     with control(mount) as disk:
         block = 0
         covered = -1

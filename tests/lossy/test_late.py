@@ -19,7 +19,7 @@ from tests.lossy.rig import LossyServer
 
 OLD, NEW = b"o" * 4096, b"n" * 4096
 LOST_WAYS = ["kill", "reconnect"]
-LONG = 60.0  # seconds of settle time that no test waits for
+LONG = 240.0  # seconds of settle time that no test waits for
 
 
 def _lose(way: str, server: LossyServer, disk: Control) -> None:
@@ -41,7 +41,7 @@ def _old_write_is_taken(server: LossyServer, writer: Agent) -> None:
 def test_the_newer_write_waits_and_stays(
     server: LossyServer, stable: Path, healfs_mount: Mounter, agent: Opener, way: str
 ) -> None:
-    settle = 3.0
+    settle = 12.0
     mount = healfs_mount(server.uri(), "--settle", f"{settle:g}s")
     old, new, other = agent(mount.file), agent(mount.file), agent(mount.file)
     with control(mount) as disk:
@@ -88,7 +88,7 @@ def test_a_newer_write_that_waited_behind_the_old_one_waits_on(
     server: LossyServer, healfs_mount: Mounter, agent: Opener
 ) -> None:
     """It was asked for before the connection was lost, partly over the old one."""
-    mount = healfs_mount(server.uri(), "--settle", "2s")
+    mount = healfs_mount(server.uri(), "--settle", "8s")
     old, new = agent(mount.file), agent(mount.file)
     with control(mount) as disk:
         _old_write_is_taken(server, old)
@@ -99,7 +99,7 @@ def test_a_newer_write_that_waited_behind_the_old_one_waits_on(
         assert old.answer().value == 4096
         server.set(land=True)
         assert new.answer().value == 4096
-        assert time.monotonic() >= lost_at + 2
+        assert time.monotonic() >= lost_at + 8
         assert new.ok("pread", 0, 8192) == OLD[:2048] + NEW + bytes(2048)
 
 
@@ -171,7 +171,7 @@ def test_a_fence_that_is_gone_is_told_and_waited_for(
 def test_a_hung_connection_is_given_up_by_the_operator(
     server: LossyServer, healfs_mount: Mounter, agent: Opener
 ) -> None:
-    mount = healfs_mount(server.uri(), "--slow-after", "500ms", "--settle", "2s")
+    mount = healfs_mount(server.uri(), "--slow-after", "3s", "--settle", "2s")
     writer, reader = agent(mount.file), agent(mount.file)
     with control(mount) as disk:
         server.set(hang=True)
@@ -218,7 +218,7 @@ def test_what_the_socket_never_took_is_not_unsettled(
     server: LossyServer, healfs_mount: Mounter, agent: Opener
 ) -> None:
     """A server that reads nothing takes a part of the queue; the rest cannot land."""
-    mount = healfs_mount(server.uri(), "--settle", f"{LONG:g}s", "--slow-after", "500ms")
+    mount = healfs_mount(server.uri(), "--settle", f"{LONG:g}s", "--slow-after", "1h")
     writers = [agent(mount.file) for _ in range(12)]  # of more than the socket takes
     step = 1 << 20
     length = step - 4096  # one request, wherever in its page the writer's buffer begins

@@ -22,7 +22,7 @@ from tests.lossy.rig import SECONDS, Checker, LossyServer
 from tests.mounts import HealfsMount
 
 BLOCKS = 1024
-SETTLE = 2.0  # seconds
+SETTLE = 6.0  # seconds, in which a slow machine starts a server
 WRITES = 150  # between two kills
 
 

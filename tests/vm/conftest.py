@@ -21,7 +21,7 @@ def boot() -> Iterator[Boot]:
 
     def start(disk: HealfsMount | Path, bus: Bus = "virtio-blk") -> Guest:
         guests.append(Guest(disk, bus))
-        guests[-1].wait_line(r"READY .*", 120)
+        guests[-1].wait_line(r"READY .*", 400)
         return guests[-1]
 
     yield start

@@ -46,7 +46,7 @@ class Guest:
     """
 
     def __init__(
-        self, disk: HealfsMount | Path, bus: Bus = "virtio-blk", limit: float = 600
+        self, disk: HealfsMount | Path, bus: Bus = "virtio-blk", limit: float = 1700
     ) -> None:
         kernel, initrd = image()
         self._directory = tempfile.TemporaryDirectory(prefix="healfs-vm-")
@@ -138,7 +138,7 @@ class Guest:
         written = (line.split() for line in self.said(r"FILE \d+ \d+ [0-9a-f]{64}"))
         return {slot: digest for _, _, slot, digest in written}
 
-    def qmp(self, command: str, deadline: float = 5, **arguments: object) -> Any:
+    def qmp(self, command: str, deadline: float = 60, **arguments: object) -> Any:
         """QEMU's own answer to `command`; TimeoutError `deadline` seconds later."""
         until = time.monotonic() + deadline
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as monitor:
@@ -190,8 +190,8 @@ class Guest:
         self._process.kill()
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.wait(10)
-            self._reader.join(10)
+            self._process.wait(60)
+            self._reader.join(60)
             # Not of a QEMU that has not ended: this waits for the reader.
             self._process.stdout.close()
         finally:

@@ -8,6 +8,7 @@ unpacked into ~/.cache/healfs (or $HEALFS_TEST_CACHE).
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import os
@@ -40,17 +41,20 @@ def image(init: Path = INIT) -> Image:
     """
     cache = Path(os.environ.get("HEALFS_TEST_CACHE", "~/.cache/healfs")).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    tree = _kernel_tree(cache)
-    kernel = next(tree.glob("boot/vmlinuz-*"))
-    initrd = cache / f"initrd-{_initrd_key(kernel, init)}.gz"
-    if not initrd.exists():
-        _build_initrd(tree, kernel.name.removeprefix("vmlinuz-"), init, initrd)
+    with open(cache / "lock", "w") as lock:
+        # apt-get update refuses to run beside another, and once is enough.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        tree = _kernel_tree(cache)
+        kernel = next(tree.glob("boot/vmlinuz-*"))
+        initrd = cache / f"initrd-{_initrd_key(kernel, init)}.gz"
+        if not initrd.exists():
+            _build_initrd(tree, kernel.name.removeprefix("vmlinuz-"), init, initrd)
     return Image(kernel, initrd)
 
 
 def _run(*command: str | Path, cwd: Path | None = None) -> str:
     done = subprocess.run(
-        command, cwd=cwd, check=True, timeout=300, text=True, stdout=subprocess.PIPE
+        command, cwd=cwd, check=True, timeout=900, text=True, stdout=subprocess.PIPE
     )
     return done.stdout
 
@@ -149,7 +153,7 @@ def _build_initrd(tree: Path, version: str, init: Path, target: Path) -> None:
             stdout=subprocess.PIPE,
             cwd=root,
             check=True,
-            timeout=60,
+            timeout=300,
         ).stdout
         packed = Path(scratch, target.name)
         packed.write_bytes(gzip.compress(archive, 1))

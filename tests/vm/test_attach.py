@@ -56,7 +56,7 @@ def command(printed: str) -> list[str]:
 def answers(monitor: Path) -> bool:
     """A socket has its name (bind) before anybody answers there (listen)."""
     try:
-        connect(str(monitor), 60).close()
+        connect(str(monitor), 180).close()
     except ControlError:
         return False
     return True
@@ -70,13 +70,13 @@ def qemu(printed: str, directory: Path) -> Iterator[Client]:
     arguments = [*command(printed), "-qmp", f"unix:{monitor},server=on,wait=off"]
     process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *arguments])
     try:
-        wait_until(lambda: answers(monitor) or process.poll() is not None, "QEMU's monitor", 60)
+        wait_until(lambda: answers(monitor) or process.poll() is not None, "QEMU's monitor", 180)
         assert process.poll() is None, "QEMU did not take the arguments"
-        with connect(str(monitor), 60) as client:
+        with connect(str(monitor), 180) as client:
             yield client
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(120)
 
 
 def device_property(client: Client, device: str, name: str) -> object:
@@ -131,7 +131,7 @@ def test_a_second_qemu_is_refused_until_the_first_is_gone(
     """QEMU's own lock, on the file in the mount; kill -9 leaves none behind."""
     printed = attach(healfs_mount(image))
     with qemu(printed, tmp_path):
-        done = subprocess.run(command(printed), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command(printed), capture_output=True, text=True, timeout=180)
         assert done.returncode == 1 and 'Failed to get "write" lock' in done.stderr
     with qemu(printed, tmp_path):
         pass
@@ -174,7 +174,7 @@ def test_requests_come_as_they_are_and_no_cache_is_between(
     subprocess.run(
         ["qemu-io", "-t", "writeback", "-d", "unmap", *options, "--image-opts", node],
         check=True,
-        timeout=60,
+        timeout=180,
         stdout=subprocess.DEVNULL,
     )
     now = mount.status()["totals"]
@@ -190,7 +190,7 @@ def validate(element: str, directory: Path) -> subprocess.CompletedProcess[str]:
     domain = directory / "domain.xml"
     domain.write_text(DOMAIN.format(disk=element))
     return subprocess.run(
-        ["virt-xml-validate", domain, "domain"], capture_output=True, text=True, timeout=60
+        ["virt-xml-validate", domain, "domain"], capture_output=True, text=True, timeout=180
     )
 
 

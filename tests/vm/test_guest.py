@@ -20,7 +20,7 @@ from tests.vm.guest import Bus, Guest
 from tests.vm.network import Network
 from tests.vm.test_attach import attach, qemu
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
 
 BUSES: tuple[Bus, ...] = get_args(Bus)
 SIZE = 256 << 20
@@ -29,7 +29,7 @@ SLOTS = 16
 # Seconds by the guest's own clock.
 OUTAGE = 20
 # Seconds until QEMU is gone that may go.
-GONE = 5
+GONE = 60
 
 # QEMU's way to flush a file, by its number on x86-64.
 FDATASYNC = 75
@@ -57,26 +57,26 @@ def sparse(path: Path) -> Path:
 
 def work(guest: Guest) -> None:
     """A file system on the disk and the writer under way."""
-    guest.ask("prepare", "MADE 0", 120)
-    guest.ask("mount", "MOUNTED 0", 60)
+    guest.ask("prepare", "MADE 0", 400)
+    guest.ask("mount", "MOUNTED 0", 240)
     guest.send("write")
-    guest.wait_line(r"FILE .*", 60, count=3)
+    guest.wait_line(r"FILE .*", 240, count=3)
 
 
 def assert_nothing_noticed(guest: Guest) -> None:
     """The guest's own view at the end: no error, ext4 read-write, every synced byte there."""
-    guest.ask("stop", "STOPPED", 60)
-    guest.ask("report", "REPORTED", 30)
+    guest.ask("stop", "STOPPED", 240)
+    guest.ask("report", "REPORTED", 240)
     assert guest.said(r"MOUNT .*") == ["MOUNT rw"]
     assert_all_there(guest)
     assert guest.said(r"KERNEL .*|(WRITE|READ)-ERROR .*") == []
-    guest.power_off(60)
+    guest.power_off(240)
 
 
 def assert_all_there(guest: Guest, but: Set[str] = frozenset()) -> None:
     """e2fsck is content, and the files have what was synced; those in `but` may have anything."""
     since = guest.mark()
-    guest.ask("verify", "VERIFIED", 120)
+    guest.ask("verify", "VERIFIED", 400)
     assert guest.said(r"(TRIMMED|UMOUNTED|FSCK|REMOUNTED) .*", since) == [
         "TRIMMED 0",
         "UMOUNTED 0",
@@ -87,7 +87,7 @@ def assert_all_there(guest: Guest, but: Set[str] = frozenset()) -> None:
     assert {slot: sum for slot, sum in sums.items() if slot not in but} == {
         slot: sum for slot, sum in guest.sums().items() if slot not in but
     }
-    guest.ask("report", "REPORTED", 30)
+    guest.ask("report", "REPORTED", 240)
 
 
 @pytest.fixture
@@ -133,10 +133,10 @@ def system_calls(pid: int) -> set[str]:
 
 def assert_qemu_answers(guest: Guest) -> None:
     """QEMU's main loop turns, and the device has not been stopped below the guest."""
-    assert guest.qmp("query-status", deadline=10)["status"] == "running"
-    [device] = guest.qmp("query-block", deadline=10)
+    assert guest.qmp("query-status", deadline=60)["status"] == "running"
+    [device] = guest.qmp("query-block", deadline=60)
     assert device["inserted"]["image"]["filename"]
-    guest.qmp("query-blockstats", deadline=10)
+    guest.qmp("query-blockstats", deadline=60)
 
 
 def sit_out(
@@ -148,11 +148,11 @@ def sit_out(
 ) -> None:
     """An outage under the writer: stalled, the guest alive and waiting, then going on."""
     outage.begin()
-    mount.wait_until(waiting, 60)
+    mount.wait_until(waiting, 120)
     meanwhile()
     since = guest.mark()
     assert_qemu_answers(guest)
-    guest.wait_line(r"BEAT \d+", 60 + 5 * seconds, since, count=seconds)
+    guest.wait_line(r"BEAT \d+", 120 + 15 * seconds, since, count=seconds)
     # One may have been on its way through the serial port.
     assert len(guest.said(r"FILE .*", since)) <= 1
     assert waiting(mount.status())
@@ -163,7 +163,7 @@ def sit_out(
 
 def go_on(mount: HealfsMount, guest: Guest) -> None:
     since = guest.mark()
-    guest.wait_line(r"FILE .*", 120, since, count=3)
+    guest.wait_line(r"FILE .*", 400, since, count=3)
     mount.wait_state("ready")
 
 
@@ -187,11 +187,12 @@ def test_guest_does_not_notice_an_outage(
     healfs_mount: Mounter, boot: Boot, outages: Outages, bus: Bus, failure: Failure
 ) -> None:
     outage = outages(failure)
-    mount = healfs_mount(outage.source, "--slow-after", "2s")
+    mount = healfs_mount(outage.source, "--slow-after", "10s")
     guest = boot(mount, bus)
     work(guest)
+    before = mount.status()["outages"]["count"]  # of a machine that stood still, say
     sit_out(mount, guest, outage)
-    assert mount.status()["outages"]["count"] == 1
+    assert mount.status()["outages"]["count"] == before + 1
     assert_nothing_noticed(guest)
     mount.umount()
 
@@ -201,16 +202,16 @@ def test_guest_does_not_notice_a_kill_an_upgrade_and_an_outage_at_once(
     healfs_mount: Mounter, boot: Boot, outages: Outages, bus: Bus
 ) -> None:
     outage = outages("killed")
-    mount = healfs_mount(outage.source)
+    mount = healfs_mount(outage.source, "--slow-after", "1h")
     guest = boot(mount, bus)
     work(guest)
 
     def replace_the_worker() -> None:
         old = mount.status()["pids"]["worker"]
         os.kill(old, signal.SIGKILL)
-        now = mount.wait_until(lambda status: waiting(status) and worker(status) != old, 60)
-        mount.run("upgrade", str(mount.mountpoint), timeout=60)
-        mount.wait_until(lambda status: waiting(status) and worker(status) != worker(now), 60)
+        now = mount.wait_until(lambda status: waiting(status) and worker(status) != old, 180)
+        mount.run("upgrade", str(mount.mountpoint), timeout=180)
+        mount.wait_until(lambda status: waiting(status) and worker(status) != worker(now), 180)
 
     sit_out(mount, guest, outage, meanwhile=replace_the_worker)
     assert mount.status()["outages"]["count"] == 1
@@ -247,19 +248,19 @@ def test_qemu_answers_with_a_flush_parked(
     mount = healfs_mount(outage.source)
     guest = boot(mount, bus)
     work(guest)
-    guest.ask("pause", "PAUSED", 60)
-    guest.ask("overwrite", "OVERWRITTEN 0", 60)  # QEMU sends no flush where nothing is written
+    guest.ask("pause", "PAUSED", 240)
+    guest.ask("overwrite", "OVERWRITTEN 0", 240)  # QEMU sends no flush where nothing is written
     outage.begin()
     mount.wait_state("stalled")
     since = guest.mark()
     guest.send("flush")
     # Not alone, perhaps: the guest's kernel reads and writes when it likes.
-    wait_until(lambda: str(FDATASYNC) in system_calls(guest.pid), "the flush", 30)
+    wait_until(lambda: str(FDATASYNC) in system_calls(guest.pid), "the flush", 120)
     assert_qemu_answers(guest)
-    guest.wait_line(r"BEAT \d+", 60, since, count=3)
+    guest.wait_line(r"BEAT \d+", 240, since, count=3)
     assert guest.said(r"FLUSHED .*", since) == []
     outage.end()
-    guest.wait_line("FLUSHED 0", 60, since)
+    guest.wait_line("FLUSHED 0", 240, since)
     guest.send("resume")
     go_on(mount, guest)
     assert_nothing_noticed(guest)
@@ -275,15 +276,15 @@ def test_guest_notices_when_the_policy_says_report(
     guest = boot(mount)
     work(guest)
     outage.begin()
-    guest.wait_line(r"WRITE-ERROR .*", 60)
+    guest.wait_line(r"WRITE-ERROR .*", 240)
     # The pause brings a sync, so that the journal fails as well; ext4 acts on that
     # when it is next written to.
-    guest.ask("pause", "PAUSED", 60)
+    guest.ask("pause", "PAUSED", 240)
     since = guest.mark()
     guest.send("resume")
-    guest.wait_line(r"WRITE-ERROR .*", 60, since, count=2)
-    guest.ask("stop", "STOPPED", 60)
-    guest.ask("report", "REPORTED", 30)
+    guest.wait_line(r"WRITE-ERROR .*", 240, since, count=2)
+    guest.ask("stop", "STOPPED", 240)
+    guest.ask("report", "REPORTED", 240)
     assert guest.said(r"MOUNT .*") == ["MOUNT ro"]
     assert guest.said(r"KERNEL .*I/O error.*")
     assert guest.said(r"KERNEL .*Remounting filesystem read-only.*")
@@ -328,13 +329,13 @@ def test_guest_is_reset_in_an_outage(healfs_mount: Mounter, boot: Boot, outages:
     assert waiting(mount.status())
     since = guest.mark()
     outage.end()
-    guest.wait_line(r"READY .*", 120, since)
+    guest.wait_line(r"READY .*", 400, since)
     # Of the guest before the reset nothing waits any more; the one after it reads and writes.
     mount.wait_until(lambda status: not any(status["requests"].values()))
-    guest.ask("mount", "MOUNTED 0", 60)
+    guest.ask("mount", "MOUNTED 0", 240)
     assert_all_there(guest, but={str((last + 1) % SLOTS)})
     assert guest.said(r"KERNEL .*") == []
-    guest.power_off(60)
+    guest.power_off(240)
     assert_nothing_left(mount, healfs_mount, outage.source)
 
 
@@ -375,8 +376,8 @@ def test_disk_is_unplugged_in_an_outage(
         unplugged = pool.submit(monitor.execute, "device_del", {"id": node})
         assert waiting(mount.status()) and not unplugged.done()
         outage.end()
-        unplugged.result(60)
-        monitor.wait_event("DEVICE_DELETED", timeout=60)
+        unplugged.result(180)
+        monitor.wait_event("DEVICE_DELETED", timeout=180)
         monitor.execute("blockdev-del", {"node-name": node})
         mount.wait_state("ready")
         assert_nothing_left(mount, healfs_mount, outage.source)
