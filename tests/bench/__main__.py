@@ -54,7 +54,7 @@ PLAIN_PYTHON = ", plain Python"
 WARM = LOADS["4k-randwrite-qd32"]  # run on each disk, before anything of a group is measured
 
 
-def groups(beside: Path | None, switch: str) -> list[Group]:
+def groups(beside: Path | None, switch: str, aio: str) -> list[Group]:
     """`beside` is another source tree of healfs, measured as one more peer."""
     name = "healfs" + PLAIN_PYTHON * bool(disks.why_plain())
     file: dict[str, disks.Disk] = {name: disks.healfs_file(switch)}
@@ -65,7 +65,7 @@ def groups(beside: Path | None, switch: str) -> list[Group]:
         nbd[name] = disks.healfs_nbd(tree=beside)
     logged_file = {"log on": disks.healfs_file(), "log and order off": disks.healfs_file("nolog")}
     logged_nbd = {"log on": disks.healfs_nbd(), "log and order off": disks.healfs_nbd("nolog")}
-    file |= {"qemu-storage-daemon": disks.qemu_file, "nbdfuse": disks.nbdfuse_file}
+    file |= {"qemu-storage-daemon": disks.qemu_file(aio), "nbdfuse": disks.nbdfuse_file}
     file["limit"] = disks.limit_file
     nbd |= {"nbdfuse": disks.nbdfuse_nbd, "limit": disks.limit_nbd}
     return [
@@ -264,6 +264,13 @@ def _pattern(_: click.Context, __: click.Parameter, given: str) -> re.Pattern[st
         raise click.BadParameter(f"no regex: {error}") from None
 
 
+def _tree(_: click.Context, __: click.Parameter, given: Path | None) -> Path | None:
+    """Absolute: it is for processes elsewhere. Where it has no healfs, they would find this one."""
+    if given is not None and not (given / "healfs/__init__.py").is_file():
+        raise click.BadParameter(f"there is no healfs in {given}")
+    return given and given.resolve()
+
+
 @click.command()
 @click.option(
     "--rows",
@@ -300,8 +307,16 @@ def _pattern(_: click.Context, __: click.Parameter, given: str) -> re.Pattern[st
 )
 @click.option(
     "--beside",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
+    callback=_tree,
     help="Another source tree of healfs: before and after.",
+)
+@click.option(
+    "--aio",
+    default="threads",
+    show_default=True,
+    type=click.Choice(["threads", "io_uring"]),
+    help="qemu-storage-daemon's: which is faster depends on the row and the machine.",
 )
 @click.option("--switch", default="", help="For healfs's worker: see switch/sitecustomize.py.")
 def main(
@@ -312,11 +327,12 @@ def main(
     times: int,
     seconds: float,
     beside: Path | None,
+    aio: str,
     switch: str,
 ) -> None:
     """Measure healfs beside qemu-storage-daemon's FUSE export and nbdfuse."""
     plan: list[tuple[str, Callable[[], None]]] = []
-    for group in groups(beside, switch):
+    for group in groups(beside, switch, aio):
         wanted = {name: LOADS[name] for name in group.loads if rows.search(f"{group.name}/{name}")}
         if wanted:
             plan.append((group.name, partial(measure, group, wanted, count, seconds)))

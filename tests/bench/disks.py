@@ -158,21 +158,25 @@ def healfs_nbd(switch: str = "", tree: Path | None = None) -> Disk:
     return disk
 
 
-@contextlib.contextmanager
-def qemu_file(directory: Path) -> Iterator[Path]:
-    """qemu-storage-daemon's FUSE export, with its fastest way to a file in the page cache."""
-    backing = backing_file(directory)
-    mountpoint = directory / "disk.img"
-    mountpoint.touch()
-    command = (
-        "qemu-storage-daemon",
-        *("--blockdev", f"driver=file,node-name=disk,filename={backing},aio=threads"),
-        "--export",
-        f"type=fuse,id=export,node-name=disk,mountpoint={mountpoint},writable=on",
-    )
-    with process(*command) as daemon:
-        wait_for(lambda: mountpoint.stat().st_size > 0, "qemu-storage-daemon", daemon)
-        yield mountpoint
+def qemu_file(aio: str) -> Disk:
+    """qemu-storage-daemon's FUSE export, on the page cache."""
+
+    @contextlib.contextmanager
+    def disk(directory: Path) -> Iterator[Path]:
+        backing = backing_file(directory)
+        mountpoint = directory / "disk.img"
+        mountpoint.touch()
+        command = (
+            "qemu-storage-daemon",
+            *("--blockdev", f"driver=file,node-name=disk,filename={backing},aio={aio}"),
+            "--export",
+            f"type=fuse,id=export,node-name=disk,mountpoint={mountpoint},writable=on",
+        )
+        with process(*command) as daemon:
+            wait_for(lambda: mountpoint.stat().st_size > 0, "qemu-storage-daemon", daemon)
+            yield mountpoint
+
+    return disk
 
 
 @contextlib.contextmanager
