@@ -188,7 +188,10 @@ def priority(event: Event) -> int:
 def sentence(event: Event) -> str:
     """One event in words."""
     data: dict[str, Any] = event["data"]
-    text = _sentence(event["event"], data)
+    try:
+        text = _sentence(event["event"], data)
+    except (KeyError, TypeError, ValueError, AttributeError):  # another version's: other keys
+        text = _plainly(event["event"], data)
     if untold := data.get("untold"):
         text += f" (events came too fast: {untold} before this one are not told)"
     return text
@@ -238,6 +241,10 @@ def _sentence(name: str, data: dict[str, Any]) -> str:
             return "drained"
         case "HEALFS_FAULTED":
             return _with("faulted", reason)
+    return _plainly(name, data)
+
+
+def _plainly(name: str, data: dict[str, Any]) -> str:
     rest = ", ".join(f"{key} {value}" for key, value in data.items() if key != "untold")
     return _with(name.removeprefix("HEALFS_").lower().replace("_", " "), rest)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from healfs.cli.output import bad_input
+from healfs.cli.output import CliError, bad_input
 from healfs.cli.policy_options import BYTES, DURATION
 from healfs.config import format_size
 
@@ -20,6 +20,7 @@ MAXIMUM_LOG = 16 << 30
 MAXIMUM_ENTRIES = 1 << 20
 MAXIMUM_SETTLE = 3600.0
 _SHELL = "/bin/sh"  # as daemon/fencing.py runs it
+_SHELL_SECONDS = 10.0
 _EXPANDED = set("$`~*?[]=")  # in a first word: only the shell knows what comes of it
 _PUNCTUATION = set("();<>|&")
 
@@ -132,12 +133,16 @@ def _first_word(command: str) -> str | None:
 
 
 def _shell(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [_SHELL, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=10,
-        check=False,
-    )
+    try:
+        return subprocess.run(
+            [_SHELL, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SHELL_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:  # a directory of PATH hangs
+        text = f"--fence: {_SHELL} does not find the command within {_SHELL_SECONDS:g} s;"
+        raise CliError(f"{text} write its absolute path, or try again") from None

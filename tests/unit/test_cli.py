@@ -160,6 +160,17 @@ def test_a_fence_that_cannot_work_is_refused(fence: str) -> None:
         log_options.checked(LOG | {"fence": fence})
 
 
+def test_a_shell_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a directory of PATH does, it looks for the command as long."""
+    (tmp_path / "sh").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "sh").chmod(0o755)
+    monkeypatch.setattr(log_options, "_SHELL", str(tmp_path / "sh"))
+    monkeypatch.setattr(log_options, "_SHELL_SECONDS", 0.2)
+    (tmp_path / "m").mkdir()
+    result = run("mount", "a", tmp_path / "m", "--fence", "some")
+    assert_refused(result, "--fence: ", "or try again", status=1)
+
+
 @pytest.mark.parametrize(
     "fence",
     [

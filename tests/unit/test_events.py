@@ -356,3 +356,19 @@ def test_the_journal_gets_fields(tmp_path: Path):
         while events.to_journal(event, "/mnt/vm1", path):
             pass
     assert not events.to_journal(event, "/mnt/vm1", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("data", [{}, {"kind": None, "uid": 0, "requests": 3, "to": [1]}])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HEALFS_MOUNTED", "HEALFS_UNMOUNTED", "HEALFS_OUTAGE", "HEALFS_OUTAGE_CHANGED"),
+        *("HEALFS_RECOVERED", "HEALFS_POLICY_CHANGED", "HEALFS_ACCEPTED", "HEALFS_FAILED"),
+        *("HEALFS_DRAINED", "STOP", "RESUME", "HEALFS_NEW_IN_THE_NEXT"),
+    ],
+)
+def test_an_event_of_another_version_is_told_as_far_as_it_is_known(
+    name: str, data: dict[str, Any]
+) -> None:
+    """The keeper, of one version, tells what a worker of another one says."""
+    assert events.sentence({"sequence": 1, "time": "", "event": name, "data": data})
