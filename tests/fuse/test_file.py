@@ -135,12 +135,15 @@ def test_a_synced_write_is_a_flush_of_its_own(
     fault('[[rule]]\nkinds = ["FLUSH"]\nerrno = "EIO"\n')
     mount = healfs_mount(image, "--fault", str(tmp_path / "faults.toml"), "--werror", "report")
     plain, synced = agent(mount.file), agent(mount.file, os.O_RDWR | os.O_DSYNC)
+    assert synced.ok("pwrite", 4096, BLOCK) == 4096  # FUA, no FLUSH to the file
     assert plain.ok("pwrite", 0, BLOCK) == 4096
     assert plain.do("fsync").errno == errno.EIO
-    assert synced.ok("pwrite", 4096, BLOCK) == 4096  # FUA, no FLUSH to the file
+    # From the failure on it proves nothing either, until all was written again.
+    assert synced.do("pwrite", 8192, BLOCK).errno == errno.EIO
     fault("")
     mount.policy("--werror", "retry")  # the new rules are seen a moment later
     plain.ok("fsync")
+    assert synced.ok("pwrite", 8192, BLOCK) == 4096
 
 
 def test_read_only(image: Path, healfs_mount: Mounter) -> None:
