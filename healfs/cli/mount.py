@@ -108,8 +108,10 @@ def mount(ctx: click.Context, /, source: str, mountpoint: str, **options: Any) -
 def _configure(source: str, mountpoint: str, options: dict[str, Any]) -> MountConfig:
     """Raises CliError, PolicyError: what was asked cannot be."""
     name = options["name"]
-    if name in ("", ".", "..") or "/" in name or len(os.fsencode(name)) > 255:
-        bad_input(f"--name {name!r}: not a file name")
+    if name in ("", ".", "..") or "/" in name:
+        bad_input(f"--name {name!r}: not a file name; give one without a directory")
+    if (length := len(os.fsencode(name))) > 255:
+        bad_input(f"--name: {length} bytes are too long; a file name has at most 255")
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
         bad_input(f"--name {name!r}: control characters are not allowed")
     if options["no_wait"] and options["size"] is None:

@@ -74,6 +74,7 @@ ON_A_MOUNT += ("attach", "upgrade", "umount", "doctor")
         ("mount a M --fence (true", ["--fence: ", "yntax error"]),
         ("mount a M --name a/b", ["not a file name"]),
         ("mount a M --name ..", ["not a file name"]),
+        ("mount a M --name " + "ä" * 128, ["256 bytes are too long", "at most 255"]),
         ("mount a M --name \x1b[31m", ["control characters"]),
         ("mount nbd://h M --create 1G", ["--create is for files"]),
         ("mount ftp://h/x M", ["unknown scheme"]),
