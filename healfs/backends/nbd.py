@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno as e
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,13 +18,12 @@ from healfs.backends import nbd_protocol as proto
 from healfs.backends import nbd_transmission as wire
 from healfs.backends import nbd_uri
 from healfs.backends.base import Backend, Extent, Geometry, Polled, SourceError
-from healfs.backends.nbd_connect import open_export
+from healfs.backends.nbd_connect import Tries, open_export
 from healfs.backends.nbd_link import RECEIVE, Link
+from healfs.backends.nbd_peer import LOOK_SECONDS, Peer, Tcp
 from healfs.backends.nbd_tls import TlsSocket
 from healfs.backends.nbd_watch import path_changed
 from healfs.core.request import Done, Kind, Request
-
-HANDSHAKE_SECONDS = 10.0  # from connect to the end of the negotiation
 
 PIECE_MAX = 2 << 20  # bytes of one READ or WRITE; a whole READ must fit the receive buffer
 ZERO_MAX = 128 << 20  # bytes of one TRIM or WRITE_ZEROES: slow servers write the zeroes
@@ -117,6 +117,7 @@ class NbdBackend(Backend):
     def __init__(self, source: str) -> None:
         self.source = source
         self._uri = nbd_uri.parse(source)
+        self._tries = Tries()
         self._link: Link | None = None
         self._view = memoryview(bytearray(BUFFER))
         self._answers: list[tuple[Request, Done, int]] = []
@@ -141,11 +142,7 @@ class NbdBackend(Backend):
         self._taken = set()
         self._socket_file = self._stat_socket()
         try:
-            with trio.fail_after(HANDSHAKE_SECONDS):
-                geometry = await self._connect()
-        except trio.TooSlowError:
-            message = f"no answer from {self._uri} in {HANDSHAKE_SECONDS:.0f} s"
-            raise OSError(e.ETIMEDOUT, message) from None
+            geometry = await self._connect()
         except SourceError as error:
             if self._was_connected:
                 raise OSError(e.ECONNREFUSED, str(error)) from error
@@ -154,7 +151,7 @@ class NbdBackend(Backend):
         return geometry
 
     async def _connect(self) -> Geometry:
-        sock, export = await open_export(self._uri)
+        sock, export = await open_export(self._uri, self._tries)
         try:
             geometry = self._geometry(export)
             if isinstance(sock, TlsSocket):
@@ -286,6 +283,8 @@ class NbdBackend(Backend):
             return OSError(e.ENOTCONN, os.strerror(e.ENOTCONN))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_rest, link)
+            if link.sock.family != socket.AF_UNIX:
+                nursery.start_soon(self._watch_peer, link)
             error = await self._receive(link)
             nursery.cancel_scope.cancel()
         if self._link is link:
@@ -305,6 +304,24 @@ class NbdBackend(Backend):
             link.writable_wanted = trio.Event()
             link.blocked = False
             link.send()
+
+    async def _watch_peer(self, link: Link) -> None:
+        """With something on the way; with nothing the kernel's keepalive does it, and we sleep."""
+        peer = Peer()
+        while not link.protocol.closed:
+            if not link.protocol.pending:
+                link.busy = trio.Event()
+                link.watched = False
+                await link.busy.wait()
+                peer = Peer()
+            await trio.sleep(LOOK_SECONDS)
+            try:
+                gone = peer.look(Tcp.of(link.sock), trio.current_time())
+            except OSError:
+                return  # the connection has ended
+            if gone is not None:
+                link.finish(gone)
+                return
 
     async def _receive(self, link: Link) -> OSError:
         while link.ended is None and not link.protocol.closed:

@@ -7,18 +7,21 @@ import os
 import socket
 import ssl
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
 from healfs.backends import nbd_protocol as proto
 from healfs.backends.base import SourceError
+from healfs.backends.nbd_tcp import Addresses, open_tcp
 from healfs.backends.nbd_tls import TlsSocket, credentials
 from healfs.backends.nbd_uri import NbdUri
 
-# A silent peer is noticed within about 10 s: idle by keepalive, with bytes on the way by the
-# user time-out.
-KEEPALIVE = {socket.TCP_KEEPIDLE: 3, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
-USER_TIMEOUT_MS = 9000
+CONNECT_SECONDS = 10.0  # until a connection is open
+HANDSHAKE_SECONDS = 10.0  # from then to the end of the negotiation; after that time twice as long,
+HANDSHAKE_MAX = 40.0  # and twice, up to this: a server may take longer to open the disk
+BACKLOG_PAUSE = 0.005, 0.25  # seconds, the first and the longest, while a backlog is full
 
 # Attempts that were abandoned may hang as long as their file system does: they must not use up the
 # threads of everybody else.
@@ -28,61 +31,90 @@ _readers = trio.CapacityLimiter(READERS)
 Socket = socket.socket | TlsSocket
 
 
-async def open_export(uri: NbdUri) -> tuple[Socket, proto.Export]:
+class Tries:
+    """What the tries to connect since the last that succeeded have taught."""
+
+    def __init__(self) -> None:
+        self.addresses = Addresses()
+        self.seconds = HANDSHAKE_SECONDS
+
+    def hung(self) -> None:
+        self.seconds = min(self.seconds * 2, HANDSHAKE_MAX)
+
+    def succeeded(self) -> None:
+        self.addresses.served()
+        self.seconds = HANDSHAKE_SECONDS
+
+
+async def open_export(uri: NbdUri, tries: Tries) -> tuple[Socket, proto.Export]:
     """A non-blocking socket in the transmission phase.
 
-    Raises SourceError for what waiting does not mend, else OSError. The deadline is the caller's.
+    Raises SourceError for what waiting does not mend, else OSError.
     """
-    context = None
-    if uri.tls is not None:
-        # First: a file that is missing is told also while the server is away. They are read for
-        # each connection, since certificates are renewed, and in a thread, since a home
-        # directory may be on NFS.
-        context = await trio.to_thread.run_sync(
-            credentials, uri, abandon_on_cancel=True, limiter=_readers
-        )
-    sock = await (_open_tcp(uri) if uri.socket is None else _open_unix(uri.socket))
+    with _deadline(uri, CONNECT_SECONDS):
+        context = None
+        if uri.tls is not None:
+            # First: a file that is missing is told also while the server is away. They are read
+            # for each connection, since certificates are renewed, and in a thread, since a home
+            # directory may be on NFS.
+            context = await trio.to_thread.run_sync(
+                credentials, uri, abandon_on_cancel=True, limiter=_readers
+            )
+        if uri.socket is None:
+            sock = await open_tcp(uri.host, uri.port, tries.addresses)
+        else:
+            sock = await _open_unix(uri.socket)
     try:
         sock.setblocking(False)
-        return await _negotiate(uri, sock, context)
+        with _deadline(uri, tries.seconds, tries.hung):
+            negotiated = await _negotiate(uri, sock, context)
     except BaseException:
+        tries.addresses.failed(sock)
         sock.close()
         raise
+    tries.succeeded()
+    return negotiated
+
+
+@contextmanager
+def _deadline(
+    uri: NbdUri, seconds: float, hung: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        hung()
+        raise OSError(e.ETIMEDOUT, f"no answer from {uri} in {seconds:g} s") from None
 
 
 async def _open_unix(path: str) -> socket.socket:
-    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as opening:
+    pause, longest = BACKLOG_PAUSE
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
         # The kernel grants what net.core.wmem_max allows.
-        opening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
-        try:
-            await opening.connect(path)
-        except PermissionError as error:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                # It listens, and more wait to be accepted than it has room for. Nothing is under
+                # way, and the socket never tells when there is room.
+                await trio.sleep(pause)
+                pause = min(pause * 2, longest)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, PermissionError):
             text = f"{path}: permission denied; mount as a user who may write to it, or as root"
             raise SourceError(text, e.EACCES) from error
-        except ConnectionRefusedError as error:
-            if not path.startswith("\0") and not stat.S_ISSOCK(os.stat(path).st_mode):
-                raise SourceError(f"{path}: not a socket") from error
-            raise
-        return socket.socket(fileno=opening.detach())
+        if isinstance(error, ConnectionRefusedError) and not _may_be_socket(path):
+            raise SourceError(f"{path}: not a socket") from error
+        raise
 
 
-async def _open_tcp(uri: NbdUri) -> socket.socket:
-    try:
-        stream = await trio.open_tcp_stream(uri.host, uri.port)
-    except socket.gaierror as error:
-        message = f"cannot resolve {uri.host}: {error.strerror}"
-        raise OSError(e.EHOSTUNREACH, message) from error
-    except OSError as error:
-        raise _first_with_errno(error) from error
-    sock = socket.socket(fileno=stream.socket.detach())
-    # trio's choice for small latency halves what a stream of writes reaches.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0xFFFFFFFF >> 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in KEEPALIVE.items():
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-    return sock
+def _may_be_socket(path: str) -> bool:
+    return path.startswith("\0") or stat.S_ISSOCK(os.stat(path).st_mode)
 
 
 async def _negotiate(
@@ -146,20 +178,6 @@ def _option_error(uri: NbdUri, error: proto.OptionError) -> OSError:
     if error.code == proto.REP_ERR_POLICY:
         return _refused(uri, error.message or "the server's policy forbids it")
     return _refused(uri, error.message or f"option error {error.code - proto.REP_ERROR}")
-
-
-def _first_with_errno(error: BaseException) -> OSError:
-    """trio.open_tcp_stream hides the reasons, one for each address, under one OSError."""
-    todo: list[BaseException | None] = [error]
-    while todo:
-        cause = todo.pop(0)
-        if isinstance(cause, OSError) and cause.errno is not None:
-            return OSError(cause.errno, os.strerror(cause.errno))  # trio's own words say more
-        if isinstance(cause, BaseExceptionGroup):
-            todo += cause.exceptions
-        elif cause is not None:
-            todo.append(cause.__cause__)
-    return OSError(e.EHOSTUNREACH, str(error))
 
 
 async def _send_all(sock: Socket, data: bytes) -> None:

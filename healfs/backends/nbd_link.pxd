@@ -17,6 +17,8 @@ cdef class Link:
     cdef public long long ready_fd
     cdef public long long received
     cdef public double heard
+    cdef public bint watched
+    cdef public object busy
     cdef public object sock
     cdef public object tls
     cdef public object view

@@ -61,6 +61,8 @@ class Link:
         self.ready_fd = sock.fileno()
         self.received = 0  # bytes, ever
         self.heard = 0.0  # when any came
+        self.watched = True  # else what is sent next sets `busy`
+        self.busy = trio.Event()
         self.answers: list[tuple[Request, Done, int]] = []  # that need no server
         self._piece = piece
         self._room = max(piece, wire.BLOCK_STATUS_MAX) + 64  # bytes of the longest chunk
@@ -137,8 +139,7 @@ class Link:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
-            self.ended = self.broken or error
-            trio.lowlevel.notify_closing(self.sock)  # `serve` waits for more of it
+            self.finish(self.broken or error)
             return False
         self.commit()
         if protocol.closed:
@@ -151,8 +152,16 @@ class Link:
         self.end = end
         return count == wanted or self.tls is not None  # whose bytes epoll does not see
 
+    def finish(self, error: OSError) -> None:
+        """There is nothing more to receive, and why."""
+        self.ended = error
+        trio.lowlevel.notify_closing(self.sock)  # `serve` waits for more of it
+
     def send(self) -> None:
         """Send what is queued, as far as the socket takes it."""
+        if not self.watched:
+            self.watched = True
+            self.busy.set()
         protocol = self.protocol
         out = protocol.out
         while out and self.broken is None:

@@ -188,7 +188,8 @@ class TlsSocket:
         self._failure: OSError | None = None
         self.handed = 0
         self.fileno, self.family = raw.fileno, raw.family
-        self.setsockopt, self.shutdown = raw.setsockopt, raw.shutdown
+        self.getsockopt, self.setsockopt = raw.getsockopt, raw.setsockopt
+        self.shutdown = raw.shutdown
 
     async def handshake(self) -> None:
         """SourceError: one does not accept the other."""

@@ -89,6 +89,7 @@ def parse(text: str) -> NbdUri:
         if port == 0:
             raise SourceError(f"{text}: port 0 is none")
         host = _text(text, host)
+        _check_host(text, host)
     tls = _tls(text, found, host, _text(text, parts.username or "")) if secure else None
     return NbdUri(export, host, port or DEFAULT_PORT, path, tls)
 
@@ -170,10 +171,14 @@ def _tls(uri: str, found: dict[str, str], host: str, user: str) -> Tls:
 
 def _hostname(uri: str, name: str) -> str:
     name = name.partition("%")[0].removesuffix(".")  # certificates have no zones and no root
+    _check_host(uri, name)
+    return name
+
+
+def _check_host(uri: str, name: str) -> None:
     try:
         name.encode("idna")
     except UnicodeError:
         raise SourceError(f"{uri}: {name!r} is no host name") from None
     if name.startswith(".") or "\0" in name:
         raise SourceError(f"{uri}: {name!r} is no host name")
-    return name

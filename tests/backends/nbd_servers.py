@@ -60,6 +60,7 @@ class NbdServer:
         self._tls = tls
         self._limit = limit
         self._directory = tempfile.TemporaryDirectory(prefix="healfs-nbd-")
+        self.host = "127.0.0.1"
         self.port = free_port() if tcp else None
         self.path = Path(self._directory.name, "nbd.sock")
         self.log = Path(self._directory.name, "log")
@@ -69,7 +70,9 @@ class NbdServer:
         name, tls = quote(export, safe=""), "" if self._tls is None else "s"
         query = [] if self._tls is None else [f"tls-certificates={self._tls}"]
         if self.port is not None:
-            return f"nbd{tls}://127.0.0.1:{self.port}/{name}" + "".join(f"?{one}" for one in query)
+            return f"nbd{tls}://{self.host}:{self.port}/{name}" + "".join(
+                f"?{one}" for one in query
+            )
         return f"nbd{tls}+unix:///{name}?" + "&".join([f"socket={self.path}", *query])
 
     def spawn(self) -> None:
@@ -95,7 +98,7 @@ class NbdServer:
     def _greets(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, f"it ended: {self.log.read_text()}"
-        address = str(self.path) if self.port is None else ("127.0.0.1", self.port)
+        address = str(self.path) if self.port is None else (self.host, self.port)
         family = socket.AF_UNIX if self.port is None else socket.AF_INET
         with socket.socket(family) as sock:
             sock.settimeout(READY_SECONDS)
@@ -163,7 +166,7 @@ def nbdkit(
         if server.port is None:
             where = ["-U", str(server.path)]
         else:
-            where = ["-i", "127.0.0.1", "-p", str(server.port)]
+            where = ["-i", server.host, "-p", str(server.port)]
         return ["nbdkit", "-f", *where, *arguments]
 
     return NbdServer(command, tcp=tcp, limit=limit, tls=tls)
