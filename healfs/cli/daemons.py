@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 from healfs.cli.output import CliError, bad_input
 from healfs.config import shell_word
 from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
-from healfs.fuse.mount import TYPE, is_mounted, mountinfo
+from healfs.fuse.mount import TYPE, is_ours, mountinfo
 
 
 class RefusedError(CliError):
@@ -66,9 +67,9 @@ def about_silent(log: str) -> str:
     return f"try again (a worker that hangs is replaced), or see {log}"
 
 
-def detach(mountpoint: str) -> None:
-    """Unmount what a dead daemon left. Raises CliError."""
-    if not is_mounted(mountpoint):
+def detach(mountpoint: str, connection: int | None) -> None:
+    """Unmount what a dead daemon left, and nothing else. Raises CliError."""
+    if not is_ours(mountpoint, connection):
         return
     command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
     try:
@@ -77,7 +78,7 @@ def detach(mountpoint: str) -> None:
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise CliError(f"{mountpoint}: cannot unmount: {exc}") from None
-    if done.returncode and is_mounted(mountpoint):
+    if done.returncode and is_ours(mountpoint, connection):
         raise CliError(f"{mountpoint}: cannot unmount: {done.stderr}")
 
 
@@ -96,7 +97,7 @@ def clear(mount: Mount) -> str:
         raise CliError(f"{mount.mountpoint}: a daemon starts or ends there just now; try again")
     try:
         lost = unflushed.loss(mount.directory)
-        detach(mount.mountpoint)
+        detach(mount.mountpoint, mount.connection)
     finally:
         claimed.clear()
     return lost
@@ -105,12 +106,22 @@ def clear(mount: Mount) -> str:
 class Processes:
     """Processes of a daemon, held so that another with the same pid cannot be mistaken for one."""
 
-    def __init__(self, pids: Iterable[int]) -> None:
+    def __init__(self, started_at: Mapping[int, int]) -> None:
+        """See Mount.processes."""
         self._fds: list[int] = []
-        for pid in pids:
-            # ESRCH: gone. EINVAL: no pid (0 while no worker runs).
-            with contextlib.suppress(OSError):
-                self._fds.append(os.pidfd_open(pid))
+        for pid, started in started_at.items():
+            with contextlib.suppress(OSError):  # it is gone
+                fd = os.pidfd_open(pid)
+                # Asked after the pidfd was had: what has its pid now is what the pidfd is of.
+                if mounts.started(pid) == started:
+                    self._fds.append(fd)
+                else:
+                    os.close(fd)
+
+    def send(self, number: signal.Signals) -> None:
+        for fd in self._fds:
+            with contextlib.suppress(OSError):  # it is gone
+                signal.pidfd_send_signal(fd, number)
 
     def __enter__(self) -> Processes:
         return self

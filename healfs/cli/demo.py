@@ -31,7 +31,7 @@ from healfs.cli.demo_load import BLOCK, Report
 from healfs.cli.demo_plot import Mark
 from healfs.cli.demo_screen import Screen
 from healfs.cli.output import CliError
-from healfs.fuse.mount import is_mounted
+from healfs.fuse.mount import connection_of, is_mounted
 
 DISK_BYTES = 64 << 20
 _HEALFS = [sys.executable, "-P", "-m", "healfs.cli.main"]
@@ -332,7 +332,7 @@ class _Stage:
         for pid in _processes_with(f"HEALFS_RUNTIME_DIR={self.runtime}", but=self.server):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        detach(str(self.mountpoint))
+        detach(str(self.mountpoint), connection_of(str(self.mountpoint)))
         _end(self.server)
         if self.load is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -73,7 +73,7 @@ def _row(event: history.Event) -> tuple[str, Text]:
 
 def _follow(mount: Mount, path: Path, as_json: bool) -> None:
     """By looking at the file: that goes on through the death of any worker."""
-    with Processes({mount.keeper}) as keeper:
+    with Processes({mount.keeper: mount.started[0]}) as keeper:
         ended, seen, last = False, (-1, -1, -1), 0
         before = history.read(path)[-1:]
         started = before[0]["sequence"] if before else 0

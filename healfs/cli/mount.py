@@ -373,9 +373,9 @@ def _end(keeper: subprocess.Popen[bytes], config: MountConfig) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(keeper.pid, signal.SIGKILL)
         keeper.wait()
-        detach(config.mountpoint)
         for left in mounts.list_mounts():
             if left.mountpoint == config.mountpoint:
+                detach(left.mountpoint, left.connection)
                 mounts.clear_dead(left.directory)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

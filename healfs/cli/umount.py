@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from typing import Any
@@ -42,7 +41,7 @@ def umount(mountpoint: str, force: bool) -> None:
     if not mount.mounted:
         _end_waiting(mount)
         return
-    with Processes(mount.pids()) as processes:
+    with Processes(mount.processes()) as processes:
         try:
             with connected(mount, _COMMAND_SECONDS) as client:
                 client.execute("healfs-umount", {"force": False})
@@ -76,9 +75,9 @@ def _meanwhile(mount: Mount) -> str:
 
 def _end_waiting(mount: Mount) -> None:
     """Nothing is mounted yet, so nothing is given up."""
-    with Processes(mount.pids()) as processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(mount.keeper, signal.SIGTERM)
+    with Processes(mount.processes()) as processes:
+        with Processes({mount.keeper: mount.started[0]}) as keeper:
+            keeper.send(signal.SIGTERM)
         if not processes.wait(_END_SECONDS):
             raise CliError(
                 f"{mount.mountpoint}: the daemon does not end; healfs umount --force kills it"
@@ -90,7 +89,7 @@ def _force(mount: Mount) -> None:
         error_line(f"{mount.mountpoint}: {mount.problem}")
         _kill(mount)
         return
-    with Processes(mount.pids()) as processes:
+    with Processes(mount.processes()) as processes:
         try:
             with connect(mount.control, _FORCE_SECONDS) as client:
                 _tell(mount, client.execute("healfs-umount", {"force": True}))
@@ -112,15 +111,12 @@ def _kill(mount: Mount) -> None:
     """The daemon hangs: end it by force. Its requests are answered by the kernel, with EIO."""
     from healfs.fuse.mount import abort
 
-    pids = mount.pids()
-    with Processes(pids) as processes:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        abort(mount.mountpoint)  # a worker that cannot end keeps the connection open
+    with Processes(mount.processes()) as processes:
+        processes.send(signal.SIGKILL)
+        abort(mount.mountpoint, mount.connection)  # a worker that cannot end keeps it open
         gone = processes.wait(_FORCE_SECONDS)
     lost = unflushed.loss(mount.directory)
-    detach(mount.mountpoint)
+    detach(mount.mountpoint, mount.connection)
     mounts.clear_dead(mount.directory)
     if not gone:
         raise CliError(

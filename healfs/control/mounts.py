@@ -144,6 +144,8 @@ class Mount:
     version: str = ""  # of the worker that serves, or did last
     problem: str = ""  # why none serves, in one line
     mounted: bool = True  # False: `healfs mount` waits for the backend still
+    connection: int | None = None  # of the mount, see fuse/mount.py
+    started: tuple[int, int] = (0, 0)  # when keeper and worker were, see started(); 0: not known
 
     @property
     def door(self) -> str:
@@ -159,12 +161,11 @@ class Mount:
     def control(self) -> str:
         return os.path.join(self.directory, "control")
 
-    def pids(self) -> set[int]:
-        """Of the processes that live. A keeper's that is gone may be another process's by now."""
-        if (claimed := claim_dead(self.directory)) is None:
-            return {self.keeper, self.worker} - {0}
-        os.close(claimed.fd)
-        return {self.worker} - {0}
+    def processes(self) -> dict[int, int]:
+        """Their pids, which may be other processes' by now, and when they were started."""
+        found = dict(zip((self.keeper, self.worker), self.started, strict=True))
+        found.pop(0, None)
+        return found
 
     def is_dead(self) -> bool:
         """Nobody listens: the daemon is gone. A daemon that hangs is not dead."""
@@ -177,6 +178,15 @@ class Mount:
             except OSError:
                 return False
         return False
+
+
+def started(pid: int) -> int:
+    """When, in clock ticks since the boot: with the pid it names one process. 0: it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 class Claim:
@@ -228,6 +238,7 @@ class Claim:
         version: str = "",
         problem: str = "",
         mounted: bool = True,
+        connection: int | None = None,
     ) -> Mount:
         """Write mount.json, whole or not at all. Raises OSError."""
         mount = Mount(
@@ -241,6 +252,8 @@ class Claim:
             version=version,
             problem=problem,
             mounted=mounted,
+            connection=connection,
+            started=(started(keeper), started(worker)),
         )
         temporary = self.directory / "mount.json.new"
         temporary.write_text(json.dumps(_as_record(mount)))
@@ -251,7 +264,7 @@ class Claim:
 
     def clear(self) -> None:
         """release(), of what a keeper that is gone has held; it could not tell of the end."""
-        if self.fd >= 0 and (mount := _read(str(self.directory))):
+        if self.fd >= 0 and (mount := read(str(self.directory))):
             with contextlib.suppress(OSError):
                 history = History(events_path(mount.mountpoint))
                 data = {"reason": "the daemon was gone"}
@@ -306,11 +319,17 @@ def claim(mountpoint: str) -> Claim:
 def _as_record(mount: Mount) -> dict[str, object]:
     values = asdict(mount)
     del values["directory"]
-    values["pids"] = {"keeper": values.pop("keeper"), "worker": values.pop("worker")}
+    of_keeper, of_worker = values.pop("started")
+    values["pids"] = {
+        "keeper": values.pop("keeper"),
+        "worker": values.pop("worker"),
+        "keeper_started": of_keeper,
+        "worker_started": of_worker,
+    }
     return values
 
 
-def _read(directory: str) -> Mount | None:
+def read(directory: str) -> Mount | None:
     """None for what is no (whole) record."""
     try:
         with open(os.path.join(directory, "mount.json"), "rb") as file:
@@ -327,6 +346,8 @@ def _read(directory: str) -> Mount | None:
             version=str(values.get("version", "")),
             problem=str(values.get("problem", "")),
             mounted=bool(values.get("mounted", True)),
+            connection=values.get("connection"),
+            started=(int(pids.get("keeper_started", 0)), int(pids.get("worker_started", 0))),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -343,13 +364,13 @@ def list_mounts() -> list[Mount]:
         return []
     except OSError as exc:
         raise MountsError(f"{root}: {exc.strerror}; set XDG_RUNTIME_DIR") from None
-    found = [_read(os.path.join(root, name)) for name in names]
+    found = [read(os.path.join(root, name)) for name in names]
     return sorted((m for m in found if m is not None), key=lambda mount: mount.mountpoint)
 
 
 def _of_another(mountpoint: str) -> Mount | None:
     """A mount of root's, or in a directory that cannot be listed, whose owner allows others."""
-    found = (_read(str(root / _hash(mountpoint))) for root in (_runtime_path(), _ROOTS))
+    found = (read(str(root / _hash(mountpoint))) for root in (_runtime_path(), _ROOTS))
     return next((mount for mount in found if mount is not None), None)
 
 

@@ -382,7 +382,7 @@ class Keeper:
         self.worker = None
         if status == 0:
             self.systemd.stopping()
-            if self.connection and mount.connection_of(self.mountpoint) == self.connection:
+            if mount.is_ours(self.mountpoint, self.connection):
                 self.end = "the connection was aborted from outside"
                 self.say(f"{self.end}: the mount is taken away")
                 self._abort()
@@ -450,6 +450,7 @@ class Keeper:
                 version=self.version,
                 problem=self.problem or waits,
                 mounted=not waits,
+                connection=self.connection,
             )
         except OSError as exc:
             self.say(f"{exc.filename}: {exc.strerror}")
@@ -479,7 +480,8 @@ class Keeper:
             )
             self.connection = mount.connection_of(self.mountpoint)
             self._record()
-            mounts.drop_histories()
+            with contextlib.suppress(OSError, mounts.MountsError):  # the mount is made
+                mounts.drop_histories()
             self.happened("HEALFS_MOUNTED", {"source": source})
         except (OSError, subprocess.TimeoutExpired) as exc:
             self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
@@ -488,7 +490,7 @@ class Keeper:
 
     def _unmount(self, lazy: bool) -> None:
         try:
-            mount.unmount(self.mountpoint, lazy=lazy)
+            mount.unmount(self.mountpoint, self.connection, lazy=lazy)
         except (OSError, subprocess.TimeoutExpired) as exc:
             self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
         else:
@@ -499,9 +501,12 @@ class Keeper:
         """Answer everybody with ECONNABORTED, by the kernel, and take the mount away."""
         if self.fuse < 0:
             return
-        if mount.abort(self.mountpoint):
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                mount.unmount(self.mountpoint, lazy=True)
+        with contextlib.suppress(OSError):
+            mount.abort(self.mountpoint, self.connection)
+        try:
+            mount.unmount(self.mountpoint, self.connection, lazy=True)
+        except (OSError, subprocess.TimeoutExpired) as exc:
+            self.say(str(exc))
         os.close(self.fuse)  # the last descriptor's end aborts the connection, too
         self.fuse = -1
 

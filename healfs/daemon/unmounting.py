@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from healfs.config import counted, spans
+from healfs.control import mounts
 from healfs.core.overlap import joined
 from healfs.core.request import Kind, Request
 from healfs.core.states import State
 from healfs.daemon import commands
-from healfs.daemon.parent import ParentError, UnmountError
+from healfs.daemon.parent import UnmountError
 from healfs.fuse import mount
 
 if TYPE_CHECKING:
@@ -100,20 +101,29 @@ class Unmounting:
             self._worker.commit()
             try:
                 await self._unmount(lazy=False)
-            except ParentError as exc:
+            except OSError as exc:  # the keeper's, or without one our own
                 if not force:
                     raise UnmountError(
                         commands.busy_text(self._worker.config.mountpoint, exc)
                     ) from None
-                await self._unmount(lazy=True)
+                await self._unmount_lazily()
             self._unmounted = True
             self._tell_end(given_up, who or {})
             return given_up
 
+    async def _unmount_lazily(self) -> None:
+        """Of a forced end, which comes whether this works or not; then the mount stays, dead."""
+        try:
+            await self._unmount(lazy=True)
+        except OSError as exc:
+            log.error("%s", exc)
+
     async def _unmount(self, *, lazy: bool) -> None:
         if self._worker.parent.gone.is_set():
+            record = mounts.read(self._worker.parent.greeting["directory"])
+            connection = record.connection if record else None
             await trio.to_thread.run_sync(
-                lambda: mount.unmount(self._worker.config.mountpoint, lazy=lazy),
+                lambda: mount.unmount(self._worker.config.mountpoint, connection, lazy=lazy),
                 abandon_on_cancel=True,
             )
         else:

@@ -100,8 +100,16 @@ def _mount_as_user(mountpoint: str, source: str, allow_other: bool, read_only: b
     return fds[0]
 
 
-def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Raises MountError: errno EBUSY (16) when somebody has the file open and not lazy."""
+def unmount(mountpoint: str, connection: int | None, *, lazy: bool = False) -> None:
+    """Ours, of that connection; what somebody else has mounted there is left alone.
+
+    Raises MountError: errno EBUSY (16) when somebody has the file open and not lazy.
+    """
+    if not is_ours(mountpoint, connection):
+        what = "something else is mounted over it; unmount that first"
+        if not is_mounted(mountpoint):
+            what = "it is not mounted there any more"
+        raise MountError(22, f"cannot unmount {mountpoint}: {what}")
     if os.geteuid() == 0:
         flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
         if _libc.umount2(os.fsencode(mountpoint), flags):
@@ -109,33 +117,34 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
             raise MountError(errno, f"cannot unmount {mountpoint}: {os.strerror(errno)}")
         return
     command = [_fusermount(), "-u", *(["-z"] if lazy else []), "--", mountpoint]
-    result = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=FUSERMOUNT_SECONDS,
-        env={**os.environ, "LC_ALL": "C"},
-    )
+    try:
+        result = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=FUSERMOUNT_SECONDS,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired:
+        raise MountError(110, f"cannot unmount {mountpoint}: fusermount3 hangs") from None
     if result.returncode:
         message = " ".join(result.stderr.split())
         errno = 16 if "busy" in message else 1
         raise MountError(errno, f"cannot unmount {mountpoint}: {message}")
 
 
-def abort(mountpoint: str) -> bool:
-    """Have the kernel answer everybody with ECONNABORTED, whatever the daemon does; False: it is
-    not mounted."""
-    number = connection_of(mountpoint)
-    if number is None:
-        return False
+def abort(mountpoint: str, connection: int | None) -> None:
+    """Have the kernel answer everybody with ECONNABORTED, whatever the daemon does. The number of
+    a connection that is gone may be another's: it must be mounted there, be it below another."""
+    if connection is None or connection not in _connections_at(mountpoint):
+        return
     with contextlib.suppress(OSError):
-        file = os.open(f"/sys/fs/fuse/connections/{number}/abort", os.O_WRONLY)
+        file = os.open(f"/sys/fs/fuse/connections/{connection}/abort", os.O_WRONLY)
         try:
             os.write(file, b"1")
         finally:
             os.close(file)
-    return True
 
 
 def mountinfo() -> Iterator[tuple[str, str, int]]:
@@ -152,13 +161,23 @@ def mountinfo() -> Iterator[tuple[str, str, int]]:
             yield place, fields[fields.index("-") + 1], int(fields[2].split(":")[1])
 
 
+def _connections_at(mountpoint: str) -> list[int | None]:
+    """Of all that is mounted there, the one on top last; None: no FUSE file system."""
+    return [
+        minor if kind in ("fuse", TYPE) else None
+        for place, kind, minor in mountinfo()
+        if place == mountpoint
+    ]
+
+
 def connection_of(mountpoint: str) -> int | None:
-    """N of /sys/fs/fuse/connections/N: the device's minor; None: not mounted."""
-    found = None
-    for place, kind, minor in mountinfo():
-        if place == mountpoint and kind in ("fuse", TYPE):
-            found = minor  # the last one is on top
-    return found
+    """N of /sys/fs/fuse/connections/N: the device's minor; None: no FUSE mount is on top there."""
+    return (_connections_at(mountpoint) or [None])[-1]
+
+
+def is_ours(mountpoint: str, connection: int | None) -> bool:
+    """Whether the mount of that connection is the one on top there."""
+    return connection is not None and connection_of(mountpoint) == connection
 
 
 def is_mounted(mountpoint: str) -> bool:

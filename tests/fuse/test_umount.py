@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from healfs.control.client import connect
+from healfs.fuse.mount import mountinfo
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
@@ -473,3 +474,88 @@ def test_a_killed_dd_is_let_go(commands: Commands, server: NbdServer) -> None:
     finally:
         dd.kill()
     assert dd.wait(GENEROUS) == -signal.SIGKILL
+
+
+# --- what is somebody else's --------------------------------------------------------------------
+
+
+@pytest.fixture
+def over(commands: Commands) -> Iterator[Callable[[], None]]:
+    """To mount something else at the mountpoint; at the end it must be there still."""
+    mounted = False
+
+    def mount() -> None:
+        nonlocal mounted
+        command = ["mount", "-t", "tmpfs", "somebody's", commands.mountpoint]
+        subprocess.run(command, check=True, timeout=GENEROUS)
+        mounted = True
+
+    yield mount
+    if mounted:
+        kinds = [kind for place, kind, _ in mountinfo() if place == str(commands.mountpoint)]
+        assert kinds and kinds[-1] == "tmpfs"
+        for _ in kinds:
+            subprocess.run(["umount", "-l", commands.mountpoint], check=True, timeout=GENEROUS)
+
+
+def test_what_is_mounted_over_ours_stays(
+    commands: Commands, image: Path, over: Callable[[], None]
+) -> None:
+    _mounted(commands, image)
+    over()
+    done = commands.run("umount", commands.mountpoint)
+    assert done.returncode == 1
+    assert "something else is mounted over it; unmount that first" in done.stderr
+    assert _status(commands)["state"] == "ready"
+    assert commands.run("umount", "--force", commands.mountpoint).returncode == 0
+    wait_until(lambda: not commands.processes() and not commands.run_files(), "the end")
+    assert "something else is mounted over it" in commands.log()
+
+
+def test_what_is_mounted_where_ours_was_stays(
+    commands: Commands, image: Path, over: Callable[[], None]
+) -> None:
+    _mounted(commands, image)
+    pids = _pids(commands)
+    os.kill(pids["keeper"], signal.SIGKILL)
+    os.kill(pids["worker"], signal.SIGKILL)
+    wait_until(lambda: not commands.processes(), "the end of both")
+    subprocess.run(["umount", commands.mountpoint], check=True, timeout=GENEROUS)
+    over()
+    done = commands.run("umount", commands.mountpoint)
+    assert done.returncode == 0 and "cleared what it left" in done.stderr
+    assert not commands.run_files()
+
+
+def test_a_process_that_has_the_pid_of_one_that_is_gone_is_not_killed(
+    commands: Commands, image: Path
+) -> None:
+    _mounted(commands, image)
+    pids = _pids(commands)
+    (record,) = commands.runtime.glob("*/mount.json")
+    with subprocess.Popen(["sleep", "600"]) as stranger:
+        try:
+            for name in "keeper", "worker":
+                os.kill(pids[name], signal.SIGSTOP)
+            text = record.read_text().replace(f": {pids['worker']}", f": {stranger.pid}")
+            assert str(stranger.pid) in text
+            record.write_text(text)
+            assert commands.run("umount", "--force", commands.mountpoint).returncode == 0
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+            os.kill(pids["worker"], signal.SIGKILL)
+    commands.nothing_left(GENEROUS)
+
+
+def test_force_without_a_keeper_while_the_file_is_open(
+    orphan: tuple[Commands, NbdServer, int],
+) -> None:
+    commands, _, _ = orphan
+    holder = Agent(commands.file)
+    try:
+        assert commands.run("umount", "--force", commands.mountpoint).returncode == 0
+        commands.nothing_left(GENEROUS)
+    finally:
+        holder.kill()
+        holder.ended()
