@@ -122,21 +122,18 @@ def _environment(switch: str, tree: Path | None) -> dict[str, str]:
     }
 
 
-WHY_PLAIN = """
-try:
-    from healfs.compiled import why_plain
-except ImportError:
-    why_plain = "it has nothing that can be compiled"
-print(why_plain)
-"""
-
-
 def why_plain(tree: Path | None = None) -> str:
     """Why this healfs is plain Python; "": it is compiled."""
-    command = (HEALFS.parent / "python", "-c", WHY_PLAIN)
-    environment = os.environ | _environment("", tree)
+    # Asked of an old tree, the editable installation would answer for this one.
+    if not ((tree or ROOT) / "healfs/compiled.py").exists():
+        return "it has nothing that can be compiled"
+    asking = "from healfs.compiled import why_plain; print(why_plain)"
     return subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        (HEALFS.parent / "python", "-c", asking),
+        env=os.environ | _environment("", tree),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     ).stdout.strip()
 
 
