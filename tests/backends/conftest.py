@@ -18,6 +18,7 @@ import trio
 
 from healfs.backends.base import Backend, Geometry
 from healfs.core.request import Kind, Request
+from tests.backends.ext4 import Ext4
 
 DEADLINE = 120.0  # seconds for anything that ought to take much less
 FUSE_CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -133,6 +134,13 @@ def write_through(loop_device: str) -> Iterator[str]:
     cache.write_text("write through")
     yield loop_device
     cache.write_text(before)
+
+
+@pytest.fixture
+def ext4(tmp_path: Path) -> Iterator[Ext4]:
+    made = Ext4(tmp_path)
+    yield made
+    made.close()
 
 
 @dataclass

@@ -18,6 +18,7 @@ from healfs.backends.base import SourceError
 from healfs.backends.file import FileBackend
 from healfs.core.request import Kind
 from tests.backends.conftest import connected, make_request
+from tests.backends.ext4 import Ext4
 
 SIZE = 1 << 20
 
@@ -80,58 +81,24 @@ def test_a_file_system_that_is_read_only_now(tmp_path: Path, opened: Callable[..
         subprocess.run(["umount", where], check=True, timeout=20)
 
 
-def test_an_ext4_that_had_an_error(tmp_path: Path, opened: Callable[..., int]) -> None:
-    """It calls itself writable, lets itself be read, and takes no write. healfs holds nothing of
-    it, so that it can be mended."""
-    medium, where = tmp_path / "medium", tmp_path / "fs"
-    where.mkdir()
-    medium.touch()
-    os.truncate(medium, 16 * SIZE)
-    subprocess.run(["mkfs.ext4", "-q", medium], check=True, timeout=60)
-
-    def mount() -> None:
-        words = ["mount", "-o", "loop,errors=remount-ro", medium, where]
-        if subprocess.run(words, timeout=60).returncode:
-            pytest.skip("no loop device with ext4 here")
-
-    async def outage() -> None:
-        backend = FileBackend(str(path))
-        async with connected(backend) as client:
-            await client.write(0, b"x" * 4096)
-            assert await backend.probe() == ""
-            trigger.write_text("1")  # noqa: ASYNC240 - sysfs
-            request = make_request(Kind.WRITE, 0, data=bytes(4096))
-            assert (await client.do(request))[0] == errno.EROFS
-            assert "unmount it, fsck" in await backend.probe()
-        with pytest.raises(OSError, match="unmount it, fsck") as caught:
-            await backend.connect()
-        assert not isinstance(caught.value, SourceError)
-        for command in ["umount", where], ["fsck.ext4", "-p", medium]:
-            done = await trio.run_process(command, check=False, capture_stdout=True)
-            assert done.returncode in (0, 1)  # 1: errors were corrected
-        mount()
-        async with connected(backend) as client:
-            await client.write(0, b"y" * 4096)
-            assert await backend.probe() == ""
-        await backend.aclose()
-
-    mount()
-    try:
-        path = where / "disk.img"
-        path.write_bytes(bytes(SIZE))
-        subprocess.run(["sync", "-f", where], check=True, timeout=60)
-        device = next(s for w, _, s in _mounts() if w == str(where))
-        trigger = Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error")
-        if not trigger.exists():
-            pytest.skip("this kernel's ext4 takes no error on demand")
-        trio.run(outage)
-    finally:
-        subprocess.run(["umount", "--lazy", where], check=True, timeout=60)
-
-
-def _mounts() -> list[list[str]]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [[f[4], *f[f.index("-") + 1 :][:2]] for f in map(str.split, lines)]
+async def test_an_ext4_that_had_an_error(ext4: Ext4) -> None:
+    """It calls itself writable, lets itself be read, and takes no write."""
+    backend = FileBackend(str(ext4.image))
+    async with connected(backend) as client:
+        await client.write(0, b"x" * 4096)
+        assert await backend.probe() == ""
+        ext4.fail()
+        request = make_request(Kind.WRITE, 0, data=bytes(4096))
+        assert (await client.do(request))[0] == errno.EROFS
+        assert "unmount it, fsck" in await backend.probe()
+    with pytest.raises(OSError, match="unmount it, fsck") as caught:
+        await backend.connect()
+    assert not isinstance(caught.value, SourceError)
+    await trio.to_thread.run_sync(ext4.mend)
+    async with connected(backend) as client:
+        await client.write(0, b"y" * 4096)
+        assert await backend.probe() == ""
+    await backend.aclose()
 
 
 def test_that_it_cannot_be_opened_anew_says_what_is_wrong(

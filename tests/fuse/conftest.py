@@ -11,6 +11,7 @@ from typing import Protocol
 import pytest
 
 from tests.backends.conftest import HeldStore as HeldStore
+from tests.backends.conftest import ext4 as ext4
 from tests.backends.conftest import held_store as held_store
 from tests.backends.conftest import loop_device as loop_device
 from tests.backends.conftest import write_through as write_through

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends.ext4 import Ext4
 from tests.backends.nbd_servers import NbdServer, wait_until
 from tests.conftest import Mounter
 from tests.fuse.agent import KEEP_SIZE, ZERO_RANGE, Agent
@@ -301,3 +302,25 @@ def test_a_size_that_no_guest_counts_in_is_noted(commands: Commands, tmp_path: P
     status = json.loads(commands.run("status", commands.mountpoint, "--json").stdout)
     assert note in status["notes"] and status["size"] == 3 * 512 + 100
     assert commands.run("umount", commands.mountpoint).returncode == 0
+
+
+def test_a_file_system_that_had_an_error_is_mended_below_the_disk(
+    ext4: Ext4, healfs_mount: Mounter, agent: Opener
+) -> None:
+    """The daemon does not hold it: it can be unmounted and checked. Nothing was lost."""
+    mount = healfs_mount(ext4.image)
+    writer = agent(mount.file)
+    with control(mount) as disk:
+        assert writer.ok("pwrite", 0, b"a" * 4096) == 4096
+        ext4.fail()
+        writer.ask("pwrite", 4096, b"b" * 4096)
+        status = disk.state("stalled")
+        assert "unmount it, fsck, mount it again" in status["reason"]
+        disk.until(lambda status: status["reason"].startswith(str(ext4.image)))  # tried again
+        ext4.mend()
+        assert writer.answer().value == 4096
+        writer.ok("fsync")
+        assert ext4.image.read_bytes()[:8192] == b"a" * 4096 + b"b" * 4096
+    writer.kill()
+    writer.ended()
+    mount.umount()
