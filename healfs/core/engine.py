@@ -242,6 +242,7 @@ class Engine:
             # First: what waits for its range needs no room, and takes it from nobody.
             if len(self._unsettled) and self._unsettled.block(request):
                 self._wait(request)
+                self._wake_at(now + (self.policy.of(kind).retry_timeout or math.inf))
                 return
             if request.record < 0 and (self._queues.no_room or not self.log.enter(request)):
                 request.phase = PARKED
@@ -581,7 +582,10 @@ class Engine:
 
     def _judge_in_outage(self, request: Request, now: float) -> None:
         """Decide on a request that comes while the backend is away."""
-        if self.state not in (State.STALLED, State.CONNECTING, State.MISMATCH):
+        if self.state is State.REPLAYING:
+            if not self._replay_is_held:
+                return
+        elif self.state not in (State.STALLED, State.CONNECTING, State.MISMATCH):
             return
         errno = self._outage.errno
         action = self.policy.of(request.kind).decide(request.kind, errno, self._outage.age(now))
@@ -600,6 +604,30 @@ class Engine:
             return
         for request in sorted(self._queues.unanswered(), key=_age):
             self._judge_in_outage(request, now)
+
+    @property
+    def _replay_is_held(self) -> bool:
+        """It waits for a range that is not settled, perhaps for ever, and all wait for it."""
+        return bool(self._replay.running and not self._queues.in_flight and len(self._unsettled))
+
+    def _judge_unsettled(self, now: float) -> None:
+        """Writes that wait for a range that is not settled do so under their policy's clock, and
+        where the fence fails under any policy."""
+        fails = self._fence_at is not None
+        for request in [r for attempt in self._unsettled for r in attempt.waiters or ()]:
+            policy = self.policy.of(request.kind)
+            if request.answered or self.state is not State.READY:
+                continue
+            if not fails and (policy.error is not Action.RETRY or not policy.retry_timeout):
+                continue  # the settle time comes; that is no error to be reported
+            action = policy.decide(request.kind, e.ETIMEDOUT, now - request.arrived)
+            if action is Action.RETRY:
+                continue
+            self._io_error(request.kind, e.ETIMEDOUT, action)
+            if action is Action.STOP:
+                self._stop_by_policy(e.ETIMEDOUT)
+            else:
+                self._act(request, action, e.ETIMEDOUT)
 
     def set_policy(self, policy: Policy) -> None:
         """A new policy, in force at once: it acts on what is parked, too."""
@@ -929,7 +957,8 @@ class Engine:
             if error:
                 self.effects.event("HEALFS_FENCE_FAILED", {"reason": error})
                 self._fence_at = now + self._longest_pause()
-                self._wake_at(self._fence_at)
+                self._judge_unsettled(now)
+                self._set_alarm(now)
                 return
             self._settled(self._unsettled.settle_all(covered))
             if len(self._unsettled):
@@ -1033,6 +1062,9 @@ class Engine:
             if piece is None:
                 break
             self._send_internal(piece, now)
+        if self._outage.since is not None and self._replay_is_held:
+            self._judge_all_in_outage(now)
+            self._set_alarm(now)
         if replay.done and not replay.flushing:
             replay.flushing = True
             self._flush = Request(FLUSH, 0, 0, _nobody)
@@ -1271,6 +1303,7 @@ class Engine:
                 self._start_fence()
             if len(self._unsettled):
                 self._settled(self._unsettled.settle(now))
+                self._judge_unsettled(now)
             self._retry_failed(now)
             self._judge_without_room(now)
             if self._queues.no_room:
@@ -1380,6 +1413,9 @@ class Engine:
             oldest = next(iter(self._queues.no_room.values()))
             times += [oldest.arrived + t for t in timeouts if oldest.arrived + t > now]
             times.append(now + self._longest_pause())
+        for attempt in self._unsettled if timeouts else ():
+            for request in attempt.waiters or ():
+                times += [request.arrived + t for t in timeouts if request.arrived + t > now]
         if self._outage.since is not None:
             times += [self._outage.since + t for t in timeouts if self._outage.since + t > now]
         if self.link_up and self.state is State.STALLED:

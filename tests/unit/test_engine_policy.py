@@ -4,6 +4,7 @@ import errno as e
 
 import pytest
 
+from healfs.core.request import Kind
 from tests.unit.playbook import BLOCK, Playbook, policy, retry
 
 # --- policies ----------------------------------------------------------------------------------
@@ -71,6 +72,192 @@ def test_a_live_change_acts_on_what_is_parked_waiting_and_failing():
     assert "next" not in play.answers
     play.up()
     assert play.take()[-1] == "send next"
+
+
+# --- what waits for a range that is not settled -------------------------------------------------
+
+
+class Fenced(Playbook):
+    """The fence decides, and fails; the backend has a volatile cache and blocks of 4096 bytes."""
+
+    def __init__(self, given=None, **keywords):
+        super().__init__(given, up=False, **keywords)
+        self.engine.fence = True
+        self.fencing = False
+        self.flying = []
+        self.on_send = self.flying.append
+        self.engine.start()
+        self.back()
+
+    def fence(self):
+        self.fencing = True
+
+    def back(self):
+        self.flying.clear()
+        self.up(volatile_cache=True, align=BLOCK)
+
+    def drive(self):
+        while self.flying:
+            request = self.flying.pop(0)
+            data = bytes(request.length) if request.kind is Kind.READ else None
+            self.engine.completed(request, 0, data)
+
+    def fences(self, error="no power switch"):
+        """The next run of it ends."""
+        for _ in range(100):
+            if self.fencing:
+                break
+            self.run(0.25)
+        self.fencing = False
+        self.engine.fenced(error)
+
+
+def _held(play):
+    """A replay of two writes to one block: the newer one waits for an attempt of the older."""
+    play.write("a", 0, 0.125)
+    play.drive()
+    play.write("b", 0.5, 0.125)
+    play.drive()
+    play.lose()
+    play.back()
+    play.lose()  # the older one is in flight
+    play.fences()
+    play.back()
+    play.run(20)
+    play.drive()
+    assert play.state == "replaying"
+    play.read("r", 9)
+    play.write("w", 9)
+    play.flush("f")
+    play.take()
+    return play
+
+
+@pytest.fixture
+def held():
+    return _held(Fenced(slow_after=100))
+
+
+def test_a_timeout_that_has_passed_acts_on_a_replay_when_it_has_to_wait():
+    play = _held(Fenced(policy(retry(timeout=10)), slow_after=100))
+    assert {play.answers[name][0] for name in "rwf"} == {e.EIO}
+
+
+def test_a_timeout_that_passes_in_a_replay_acts_when_that_has_to_wait():
+    play = Fenced(policy(retry(timeout=10)), slow_after=100)
+    play.write("a", 0, 0.125)
+    play.drive()
+    play.write("b", 0.5, 0.125)
+    play.drive()
+    play.lose()
+    play.back()
+    play.lose()
+    play.fences()
+    play.back()
+    play.read("r", 9)
+    play.run(20)
+    assert "r" not in play.answers  # the replay goes on
+    play.drive()
+    assert play.state == "replaying" and play.answers["r"] == (e.EIO, None)
+
+
+@pytest.mark.parametrize("given", ["report", "ignore"])
+def test_a_live_change_acts_on_what_waits_for_a_replay_that_waits(held, given):
+    held.engine.set_policy(policy(given))
+    held.write("late", 10)
+    failed = e.EIO if given == "report" else 0
+    assert held.answers["r"][0] == held.answers["w"][0] == held.answers["late"][0] == failed
+    assert held.answers["f"] == (e.EIO, None)
+    assert held.state == "replaying"
+    held.engine.set_policy(policy())
+    held.write("x", 11)
+    held.fences("")
+    held.drive()
+    assert held.state == "ready" and held.answers["x"] == (0, None)
+
+
+def test_a_timeout_acts_on_what_waits_for_a_replay_that_waits(held):
+    held.engine.set_policy(policy(retry(timeout=50)))
+    held.run(28)
+    assert not held.answers.keys() - {"a", "b"}
+    held.run(3)
+    assert {held.answers[name][0] for name in "rwf"} == {e.EIO}
+
+
+def test_stop_acts_in_a_replay_that_waits(held):
+    held.engine.set_policy(policy("stop"))
+    assert held.state == "paused"
+    held.fences("")
+    held.engine.resume()
+    held.drive()
+    assert held.state == "ready" and held.answers["w"] == (0, None)
+
+
+def test_a_replay_that_goes_on_reports_nothing():
+    play = Fenced(policy("report"))
+    play.write("a", 0)
+    play.drive()
+    play.lose()
+    play.back()
+    play.write("w", 1)
+    assert play.state == "replaying" and "w" not in play.answers
+    play.drive()
+    assert play.answers["w"] == (0, None)
+
+
+@pytest.fixture
+def blocked():
+    """The disk is ready; a write waits for an attempt of an older one."""
+
+    def begin(given):
+        play = Fenced()
+        play.write("a", 0)
+        play.lose()
+        play.back()
+        play.drive()
+        assert play.state == "ready"
+        play.engine.set_policy(given)
+        play.write("other", 1)
+        play.drive()
+        play.run(100)
+        play.write("b", 0)
+        play.drive()
+        assert play.answers.keys() == {"a", "other"}
+        return play
+
+    return begin
+
+
+def test_a_write_that_waits_for_its_range_does_so_under_retry_timeout(blocked):
+    play = blocked(policy(write=retry(timeout=30)))
+    play.run(29.9)
+    assert "b" not in play.answers
+    play.run(0.2)
+    assert play.answers["b"] == (e.EIO, None)
+    play.fences("")
+    play.drive()
+    play.read("r", 0)
+    play.drive()
+    assert "r" in play.answers and play.counts["parked"] == 0
+
+
+def test_a_failing_fence_is_an_error_like_any_other(blocked):
+    play = blocked(policy("report"))
+    play.run(100)
+    assert "b" not in play.answers  # the fence goes on
+    play.fences()
+    assert play.answers["b"] == (e.EIO, None)
+
+
+def test_without_a_timeout_a_write_waits_for_the_fence_for_ever(blocked):
+    play = blocked(policy())
+    for _ in range(100):
+        play.fences()
+        play.run(10)
+    assert "b" not in play.answers
+    play.fences("")
+    play.drive()
+    assert play.answers["b"] == (0, None)
 
 
 def test_a_shorter_retry_interval_brings_the_next_try_forward():
