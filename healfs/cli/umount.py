@@ -44,7 +44,7 @@ def umount(mountpoint: str, force: bool) -> None:
     with Processes(mount.processes()) as processes:
         try:
             with connected(mount, _COMMAND_SECONDS) as client:
-                client.execute("healfs-umount", {"force": False})
+                _tell(mount, client.execute("healfs-umount", {"force": False}))
         except RefusedError:
             raise
         except CliError:

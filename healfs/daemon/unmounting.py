@@ -25,6 +25,7 @@ log = logging.getLogger("healfs.worker")
 UNMOUNT_SECONDS = 5.0
 RANGES_A_LINE = 100
 FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
+REST_SECONDS = 1.0  # for what was written between the flush and the unmount
 
 
 class Unmounting:
@@ -108,6 +109,10 @@ class Unmounting:
                     ) from None
                 await self._unmount_lazily()
             self._unmounted = True
+            # Whoever opened the file after the look above may have had a write answered.
+            if flushed and not await self.flush(REST_SECONDS) and (lost := self.unflushed()):
+                given_up |= lost
+                self._log_loss("unmounted; lost", lost)
             self._tell_end(given_up, who or {})
             return given_up
 

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -559,3 +560,31 @@ def test_force_without_a_keeper_while_the_file_is_open(
     finally:
         holder.kill()
         holder.ended()
+
+
+def test_what_is_written_between_the_flush_and_the_unmount_is_told(
+    commands: Commands, server: NbdServer
+) -> None:
+    _mounted(commands, server.uri())
+    pids = _pids(commands)
+    os.kill(pids["keeper"], signal.SIGSTOP)
+    try:
+        ending = commands.start("umount", commands.mountpoint)
+        for _ in range(2):  # once more: then it waits for the keeper
+            wait_until(lambda: _used(commands) == 2, "the umount to have come")
+        late = Agent(commands.file)
+        assert late.ok("pwrite", 0, BLOCK) == 4096
+        server.pause()
+        late.kill()
+        late.ended()
+    finally:
+        os.kill(pids["keeper"], signal.SIGCONT)
+    _, said = ending.communicate(timeout=GENEROUS)
+    assert ending.returncode == 0
+    assert "given up, answered but not flushed: 1 (4 KiB), bytes 0-4095" in said
+    commands.nothing_left(GENEROUS)
+
+
+def _used(commands: Commands) -> int:
+    limits: Any = _status(commands)["limits"]
+    return int(limits["control_connections"]["used"])
