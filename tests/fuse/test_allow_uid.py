@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends.nbd_servers import wait_until
 from tests.fuse.commands import Commands
 from tests.mounts import HEALFS
 
@@ -33,6 +34,11 @@ def _events(commands: Commands) -> list[dict[str, object]]:
     return [json.loads(line) for line in said.splitlines()]
 
 
+def _last(commands: Commands) -> tuple[object, object]:
+    event = _events(commands)[-1]
+    return event["event"], event["data"].get("uid")  # type: ignore[attr-defined]
+
+
 def _may(commands: Commands) -> None:
     at = str(commands.mountpoint)
     for path in at, str(commands.file):
@@ -44,9 +50,8 @@ def _may(commands: Commands) -> None:
     }
     changed = _as(commands, ALLOWED, "policy", at, "--rerror", "report")
     assert changed.returncode == 0, changed.stderr
-    event = _events(commands)[-1]
-    assert event["event"] == "HEALFS_POLICY_CHANGED"
-    assert event["data"]["uid"] == ALLOWED  # type: ignore[index]
+    # The keeper writes it down, when it gets to it.
+    wait_until(lambda: _last(commands) == ("HEALFS_POLICY_CHANGED", ALLOWED), "the event")
     assert commands.run("policy", at, "--rerror", "retry").returncode == 0
 
 
