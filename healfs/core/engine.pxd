@@ -24,8 +24,6 @@ cdef class Engine:
     cdef public double slow_after
     cdef double _silence
     cdef public object limits
-    cdef object _unheld
-    cdef bint _flush_while_held
     cdef public object state
     cdef public double since
     cdef public object reason

@@ -115,8 +115,6 @@ class Engine:
         self.slow_after = slow_after  # 0: never
         self._silence = slow_after or math.inf
         self.limits = limits or Limits()
-        self._unheld: Limits | None = None  # while it is held: what they were
-        self._flush_while_held = False
         self.state = State.CONNECTING
         self.since = clock()
         self.reason = ""
@@ -200,9 +198,6 @@ class Engine:
             and len(queues.in_flight) < self.limits.in_flight
         ):
             self._send(request, now)
-            return
-        if kind is FLUSH and self._flush_while_held and self.state is READY:
-            self._send_flush(request, now)
             return
         self._park(request)
         if self._outage.since is not None:
@@ -1180,31 +1175,9 @@ class Engine:
             self.since = saved.get("paused_since", now)
             self._pause_reason = saved.get("pause_reason", "stop")
 
-    def hold(self, *, flush: bool = False) -> None:
-        """Send nothing more, but for a flush that is waited for, until `unhold`: a successor goes
-        on. `flush`: what was answered shall be flushed meanwhile, so a FLUSH that comes is sent.
-        """
-        if self._unheld is None:
-            self._unheld = self.limits
-            self.limits = replace(self.limits, in_flight=0)
-        self._flush_while_held = flush
-
-    def unhold(self) -> None:
-        """Go on: what came since `hold` is sent."""
-        try:
-            if self._unheld is not None:
-                self.limits, self._unheld = self._unheld, None
-                self._flush_while_held = False
-                if self._replaying:
-                    self._pump_replay()
-                else:
-                    self._send_parked()
-        except Exception:
-            self._fault("unhold")
-
-    def heard(self) -> None:
-        """Bytes of an answer came, not all of it yet: a long one on a slow link is no silence."""
-        self._last_answer = self.clock()
+    def hold(self) -> None:
+        """Send nothing more, but for a flush that is waited for: a successor goes on."""
+        self.limits = replace(self.limits, in_flight=0)
 
     @property
     def in_flight(self) -> int:

@@ -34,17 +34,6 @@ def test_answers_to_others_are_no_silence():
     assert play.state == "ready"
 
 
-def test_bytes_of_a_long_answer_are_no_silence():
-    play = Playbook(slow_after=5)
-    play.read("slow", 0, 64)
-    for _ in range(10):
-        play.run(1)
-        play.engine.heard()
-    assert play.state == "ready"
-    play.run(6)
-    assert play.state == "stalled"
-
-
 def test_retry_timeout_of_a_hang_counts_from_the_sending_of_the_oldest():
     play = Playbook(policy(retry(timeout=20)), slow_after=5)
     play.run(3)

@@ -103,40 +103,6 @@ def test_who_makes_room_sends_nothing_more_but_the_flush_that_is_waited_for():
     assert mount.engine.in_flight == 0
 
 
-def test_while_it_is_held_a_flush_goes_and_then_all_the_rest():
-    mount = Playbook()
-    mount.write("a", 0)
-    mount.expect("send a")
-    mount.engine.hold(flush=True)
-    mount.engine.hold(flush=True)  # two unmounts that meet
-    mount.write("b", 1)
-    mount.ok("a")
-    mount.flush("f")
-    mount.expect("answer a", "send f")
-    mount.ok("f")
-    mount.expect("answer f")
-    mount.engine.unhold()
-    mount.expect("send b")
-    mount.read("c", 2)
-    mount.expect("send c")
-
-
-def test_a_replay_that_was_held_goes_on():
-    mount = Playbook(up=False)
-    mount.engine.start()
-    mount.up(volatile_cache=True)
-    mount.write("a", 0)
-    mount.ok("a")
-    mount.lose()
-    mount.engine.hold()
-    mount.take()
-    mount.up(volatile_cache=True)
-    mount.expect()
-    mount.engine.unhold()
-    (piece,) = mount.take()
-    assert mount.state == "replaying" and piece.startswith("send")
-
-
 # --- pieces of a replay that may still land -----------------------------------------------------
 
 
