@@ -58,6 +58,7 @@ class Keeper:
         self.config = config
         self.text = text
         self.ready = ready
+        self.reported = False  # that it is mounted: to `healfs mount` or to people, and to systemd
         self.mountpoint = str(config["mountpoint"])
         self.lock, self.lock_name = -1, ""  # of the source, see daemon/host_lock.py
         self.fuse = -1
@@ -251,7 +252,7 @@ class Keeper:
     # --- the worker -------------------------------------------------------------------------
 
     def descriptors(self) -> dict[str, int]:
-        """What a worker is given beside its socket; the pipe to `healfs mount` has the first."""
+        """What a worker is given beside its socket; the pipe to `healfs mount` until it is told."""
         return {
             "listener": self.listener.fileno(),
             "ready": self.ready,
@@ -269,6 +270,7 @@ class Keeper:
             "directory": str(self.claim.directory),
             "init": self.init,
             "init_reply": self.init_reply,
+            "reported": self.reported,
             "restarts": self.restarts,
             "died": self.died,
             "beat": self.heartbeat.period,
@@ -286,9 +288,6 @@ class Keeper:
                 raise
             self._plan_restart(f"could not be started ({exc.filename}: {exc.strerror})")
             return
-        if self.ready >= 0:
-            os.close(self.ready)  # the worker's now: its death is seen as the end of the pipe
-            self.ready = -1
         self.employ(child)
 
     def employ(self, child: Child) -> None:
@@ -328,7 +327,7 @@ class Keeper:
             case "alive":
                 self.alive = True
             case "ready":
-                self.systemd.ready()
+                self._ready()
             case "beat":
                 self.systemd.status(message["status"])
                 self.heartbeat.beat(time.monotonic(), message.get("idle", False))
@@ -336,6 +335,13 @@ class Keeper:
                 self.unmounted = dict(message["data"])
             case "event" if self.futile < 2 or message["event"] != "HEALFS_FAULTED":
                 self.happened(message["event"], message["data"], message["time"])
+
+    def _ready(self) -> None:
+        self.reported = True
+        self.systemd.ready()
+        if self.ready >= 0:
+            os.close(self.ready)
+            self.ready = -1
 
     def _serving(self, version: str) -> None:
         before, self.version = self.version, version

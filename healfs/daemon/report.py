@@ -1,4 +1,4 @@
-"""What the first worker reports: to `healfs mount`, or, where that is the keeper, to people."""
+"""What is reported of a new mount: to `healfs mount`, or, where that is the keeper, to people."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Upgrading:
             return "an upgrade is under way already"
         if keeper.kill_at is not None:
             return "the mount is being ended"
-        if not keeper.init:
+        if not keeper.reported:
             return "the mount is not ready yet"
         if not keeper.resend:
             return "this kernel is older than 6.9 and cannot pass the mount on; umount, then mount"

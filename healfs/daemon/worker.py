@@ -262,7 +262,8 @@ class Worker:
             await self.parent.ask({"do": "serving", "version": __version__, "beats": True})
         if resuming is not None:
             log.info("version %s took over", __version__)
-            return
+            if self.parent.greeting.get("reported", True):
+                return
         file = os.path.join(self.config.mountpoint, self.config.name)
         geometry = self.geometry
         notes = (*(geometry.notes if geometry else ()), *self.notes)

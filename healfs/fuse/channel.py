@@ -323,6 +323,11 @@ class Channel:
             message += self.ring.target()[: length - wire.FIXED_SIZE]
         if opcode == wire.OPEN:
             self._opens.add(unique)
+        elif opcode == wire.INIT and self._negotiated:
+            # An earlier worker has died after it had told the keeper of it and before its reply.
+            rest = self._negotiated[wire.OUT_HEADER.size :]
+            self._send((wire.OUT_HEADER.pack(len(self._negotiated), 0, unique), rest))
+            return
         elif opcode == wire.INIT:
             wire.without_splice(message)
             self._init = bytes(message)
@@ -359,6 +364,7 @@ class Channel:
                 max_write = wire.for_healfs(reply)
                 if max_write > self.ring.message:
                     raise RuntimeError(f"the kernel negotiated max_write {max_write}")
+                # Before the kernel has it: from then on a successor may be needed.
                 self.on_init(self._init, bytes(reply))
                 self._init = b""
             self._send((reply,))

@@ -62,6 +62,8 @@ def write(unique: int, size: int) -> bytes:
     return header + wire.RW_IN.pack(0, 0, size, 0, 0, 0, 0) + bytes(size)
 
 
+INIT = wire.IN_HEADER.pack(104, wire.INIT, 7, 0, 0, 0, 0, 0, 0) + bytes(64)
+INIT_REPLY = wire.OUT_HEADER.pack(wire.INIT_OUT_SIZE, 0, 7) + b"r" * (wire.INIT_OUT_SIZE - 16)
 Message = Callable[[int, int], bytes]
 
 
@@ -83,8 +85,7 @@ async def test_large_reads_that_come_again_are_collected_with_the_others(
     kernel: tuple[socket.socket, Channel, Sink], autojump_clock: trio.testing.MockClock
 ) -> None:
     theirs, channel, sink = kernel
-    init = wire.IN_HEADER.pack(104, wire.INIT, 7, 0, 0, 0, 0, 0, 0) + bytes(64)
-    reply = wire.OUT_HEADER.pack(wire.INIT_OUT_SIZE, 0, 7) + bytes(wire.INIT_OUT_SIZE - 16)
+    init, reply = INIT, INIT_REPLY
     channel.resume(init, reply)
     for unique, size in (13, LARGE), (12, LARGE), (11, 4096):
         theirs.send(read(unique, size))
@@ -97,3 +98,16 @@ async def test_large_reads_that_come_again_are_collected_with_the_others(
             await channel.resuming.wait()
             nursery.cancel_scope.cancel()
     assert sink.taken == [11, 12, 13, "resent"]
+
+
+def test_a_successor_answers_the_init_that_the_dead_worker_had_not(
+    kernel: tuple[socket.socket, Channel, Sink],
+) -> None:
+    theirs, channel, _ = kernel
+    channel.resume(INIT, INIT_REPLY)
+    again = 7 | 1 << 63
+    theirs.send(wire.IN_HEADER.pack(104, wire.INIT, again, 0, 0, 0, 0, 0, 0) + bytes(64))
+    assert channel.drain()
+    reply = theirs.recv(1 << 16)
+    assert wire.OUT_HEADER.unpack_from(reply) == (wire.INIT_OUT_SIZE, 0, again)
+    assert reply[wire.OUT_HEADER.size :] == INIT_REPLY[wire.OUT_HEADER.size :]
