@@ -1060,6 +1060,8 @@ class Engine:
         if self._outage.since is not None and self._replay_is_held:
             self._judge_all_in_outage(now)
             self._set_alarm(now)
+            if not self._replaying:
+                return  # the policy has paused the disk
         if replay.done and not replay.flushing:
             replay.flushing = True
             self._flush = Request(FLUSH, 0, 0, _nobody)

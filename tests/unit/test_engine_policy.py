@@ -193,6 +193,23 @@ def test_stop_acts_in_a_replay_that_waits(held):
     assert held.state == "ready" and held.answers["w"] == (0, None)
 
 
+def test_a_replay_that_was_stopped_while_it_waited_begins_anew(held):
+    """Nothing of the one before counts for it: no flush is sent, none drops the log."""
+    sent = []
+    held.on_send = lambda request: (sent.append(request), held.flying.append(request))
+    held.engine.set_policy(policy("stop"))
+    held.engine.resume()
+    held.engine.completed(held.flying.pop(), 0)  # the older one; the newer one has to wait
+    assert held.state == "paused" and not held.flying
+    held.fences("")
+    sent.clear()
+    held.engine.set_policy(policy())
+    held.drive()
+    own = [(r.kind, r.offset) for r in sent if r.internal]
+    assert own[:3] == [(Kind.WRITE, 0), (Kind.WRITE, BLOCK // 2), (Kind.FLUSH, 0)]
+    assert held.state == "ready" and held.answers["f"] == (0, None)
+
+
 def test_a_replay_that_goes_on_reports_nothing():
     play = Fenced(policy("report"))
     play.write("a", 0)
