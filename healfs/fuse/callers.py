@@ -30,8 +30,10 @@ SIGKILL = 1 << signal.SIGKILL - 1
 # linux/sched.h. A thread that dumps core, or waits for the one that does, is not exiting yet.
 PF_EXITING, PF_POSTCOREDUMP, PF_DUMPCORE = 0x4, 0x8, 0x200
 PF_LEAVING = PF_EXITING | PF_POSTCOREDUMP | PF_DUMPCORE
+PF_KTHREAD = 0x200000
 REMEMBERED = 1.0  # seconds that a thread is taken for the one it was
-UNKNOWN = 0  # the thread was gone before it was looked up, or is of another pid namespace
+# The thread was gone before it was looked up, is the kernel's, or is of another pid namespace.
+UNKNOWN = 0
 
 
 # Any other error is ours (no descriptor is free, say), and tells nothing of the process.
@@ -44,36 +46,47 @@ def _fields(path: str) -> dict[str, str]:
         return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
+def _flags(base: str) -> int:
+    with open(f"{base}/stat", encoding="ascii", errors="replace") as stat:
+        return int(stat.read().rpartition(")")[2].split()[6])
+
+
 def process_of(thread: int) -> int | None:
-    """The Tgid of a thread; UNKNOWN if it is gone; None if it cannot be looked at just now."""
+    """The Tgid of a thread; UNKNOWN if there is none; None if it cannot be looked at just now."""
     try:
+        # A kworker sends for a loop device, and ends when it was idle: it is not who waits.
+        if _flags(f"/proc/{thread}") & PF_KTHREAD:
+            return UNKNOWN
         return int(_fields(f"/proc/{thread}/status")["Tgid"])
     except OSError as exc:
-        return UNKNOWN if exc.errno in GONE else None
-    except (KeyError, ValueError):
+        # Of another user's, where /proc is mounted with hidepid=1, never.
+        return UNKNOWN if exc.errno in (*GONE, errno.EPERM, errno.EACCES) else None
+    except (KeyError, ValueError, IndexError):
         return UNKNOWN
 
 
-def _is_ended_by_a_signal(status: dict[str, str]) -> bool:
+def _is_ended_by_a_signal(status: dict[str, str], alone: bool) -> bool:
     """A pending signal ends it before it sees any answer. SIGKILL is pending for who was ended
-    already; a signal that came behind another one, or that dumps core, waits itself."""
+    already; a signal that came behind another one, or that dumps core, waits itself.
+
+    But not for long where it can be taken: by a debugger, by another thread, or by this one, unless
+    it is in state D. Meanwhile it may be harmless: sigwait(3) has it not blocked, and waits for it.
+    """
     pending, blocked, ignored, caught = (
         int(status[name], 16) for name in ("SigPnd", "SigBlk", "SigIgn", "SigCgt")
     )
     pending |= int(status["ShdPnd"], 16)
-    if int(status["TracerPid"]):  # who may take any other away
+    if alone or status["State"][:1] != "D" or int(status["TracerPid"]):
         pending &= SIGKILL
     return bool(pending & ~(blocked | ignored | caught | HARMLESS))
 
 
-def _thread_is_leaving(process: int, thread: str) -> bool:
+def _thread_is_leaving(process: int, thread: str, *, alone: bool = False) -> bool:
     base = f"/proc/{process}/task/{thread}"
     try:
-        if _is_ended_by_a_signal(_fields(f"{base}/status")):
+        if _is_ended_by_a_signal(_fields(f"{base}/status"), alone):
             return True
-        with open(f"{base}/stat", encoding="ascii", errors="replace") as stat:
-            flags = int(stat.read().rpartition(")")[2].split()[6])
-        return bool(flags & PF_LEAVING)
+        return bool(_flags(base) & PF_LEAVING)
     except OSError as exc:
         return exc.errno in GONE
     except (KeyError, ValueError, IndexError):
@@ -132,7 +145,8 @@ class Callers:
 
     def _thread_is_gone(self, process: int, request: Request) -> bool:
         """Alone: another one called execve(2), and waits until it is the only one."""
-        return request.tag in self._interrupted and _thread_is_leaving(process, str(request.caller))
+        thread = str(request.caller)
+        return request.tag in self._interrupted and _thread_is_leaving(process, thread, alone=True)
 
     def unknown(self, held: Mapping[int, Request]) -> int:
         """How many waiting requests nobody can be named for, for status."""

@@ -139,11 +139,61 @@ def test_who_cannot_be_looked_up_is_looked_up_later(
         ({"ShdPnd": "200000000"}, True),  # a real-time signal
         ({"ShdPnd": "4", "TracerPid": "1"}, False),
         ({"ShdPnd": "100", "TracerPid": "1"}, True),
+        ({"ShdPnd": "4", "State": "S (sleeping)"}, False),
+        ({"SigPnd": "100", "State": "S (sleeping)"}, True),
     ],
 )
 def test_a_pending_signal_that_will_end_it(more: dict[str, str], leaving: bool) -> None:
     sets = dict.fromkeys(("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt", "TracerPid"), "0")
-    assert callers._is_ended_by_a_signal(sets | more) is leaving
+    sets["State"] = "D (disk sleep)"
+    assert callers._is_ended_by_a_signal(sets | more, alone=False) is leaving
+    # Another thread may wait for what only waits: of one thread alone it tells nothing.
+    of_it_alone = any(more.get(name) == "100" for name in ("SigPnd", "ShdPnd"))
+    assert callers._is_ended_by_a_signal(sets | more, alone=True) is of_it_alone
+
+
+def test_who_waits_for_a_signal_is_not_ended_by_it() -> None:
+    """In sigwait(3) the signal is shown as not blocked, and for a moment as pending."""
+    script = """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+print(flush=True)
+while True: signal.sigwait([signal.SIGTERM])
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        for _ in range(5000):
+            child.send_signal(signal.SIGTERM)
+            assert not is_leaving(child.pid)
+    finally:
+        child.kill()
+        child.communicate(timeout=LIMIT)
+
+
+def test_a_thread_of_the_kernel_is_not_who_waits() -> None:
+    """A loop device's kworker ends when it was idle for a while, as in a long outage."""
+    first = Path("/proc/2/comm")
+    if not first.exists() or first.read_text() != "kthreadd\n":
+        pytest.skip("in this pid namespace there are no threads of the kernel")
+    callers = Callers()
+    request = _request(1, 2)
+    assert callers.note(request) == UNKNOWN
+    assert callers.unknown({1: request}) == 1
+
+
+def test_who_may_never_be_looked_at_is_unknown(
+    process: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's, with /proc mounted with hidepid=1."""
+
+    def hidden(*arguments: object, **named: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    callers, requests = Callers(), {1: _request(1, process.pid)}
+    monkeypatch.setattr("builtins.open", hidden)
+    assert not callers.leaving(requests) and callers.unknown(requests) == 1
 
 
 def test_who_is_killed_is_leaving_before_he_is_reaped(process: subprocess.Popen[bytes]) -> None:
