@@ -332,7 +332,7 @@ class Keeper:
                 self.systemd.status(message["status"])
                 self.heartbeat.beat(time.monotonic(), message.get("idle", False))
             case "unmounted":
-                self.unmounted = dict(message["data"])
+                self.unmounted = message["data"] | self.unmounted  # the first word counts
             case "event" if self.futile < 2 or message["event"] != "HEALFS_FAULTED":
                 self.happened(message["event"], message["data"], message["time"])
 
@@ -344,15 +344,22 @@ class Keeper:
             self.ready = -1
 
     def _serving(self, version: str) -> None:
-        before, self.version = self.version, version
         self.problem = ""
         self.died = None  # from here on the log has the outage's clock
         if self.upgrading.phase is Phase.TAKING_OVER:
-            self.program = self.upgrading.serving()
-            self.say(f"upgraded to version {version}")
-            self.happened("HEALFS_UPGRADED", {"from": before, "to": version})
+            self.upgrading.serving()
+        else:
+            self.version = version
         self._record()
         self._tell({"ok": True})
+
+    def upgraded(self, program: Program, version: str) -> None:
+        """It is what is started from now on."""
+        before, self.version = self.version, version
+        self.program = program
+        self.say(f"upgraded to version {version}")
+        self.happened("HEALFS_UPGRADED", {"from": before, "to": version})
+        self._record()
 
     def _tell(self, message: dict[str, object], fds: tuple[int, ...] = ()) -> None:
         assert self.worker is not None
@@ -405,7 +412,7 @@ class Keeper:
         self.died = self.died or self.leaving or now
         if self.upgrading.phase is Phase.ENDING_OLD:
             self.upgrading.old_has_ended()
-        elif self.upgrading.phase is Phase.TAKING_OVER:
+        elif self.upgrading.is_worker:
             self.upgrading.candidate_has_died(status)
             self.start_at = now
         elif status == HANDED_OVER:  # to a candidate that has died meanwhile

@@ -8,7 +8,8 @@ The candidate is started beside the worker, imports everything and sees whether 
 the log in memory, the configuration and the FUSE features: {"do": "fit", "version": text} or
 {"do": "unfit", "reason": text}. Then {"event": "hand-over"} makes the worker end, as far as it
 can with nothing in flight, and {"event": "go"} with a new greeting makes the candidate take over
-as for a death: {"do": "serving"}. Whatever goes wrong before that gives the candidate up.
+as for a death: {"do": "serving"}. Whatever goes wrong before that, or at once after it, gives the
+candidate up: its first connection and replay come then.
 
 Standard library only.
 """
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 UPGRADE_SECONDS = 10.0  # for a new version to see whether it fits, and again to take over
 HAND_OVER_SECONDS = 5.0  # for the old one to end; then it is killed
+PROOF_SECONDS = 1.0  # the new one has to live, once it serves
 
 
 class Phase(enum.Enum):
@@ -37,6 +39,7 @@ class Phase(enum.Enum):
     CHECKING = enum.auto()
     ENDING_OLD = enum.auto()
     TAKING_OVER = enum.auto()  # the candidate is the worker
+    PROVING = enum.auto()  # and serves
 
 
 class Upgrading:
@@ -55,9 +58,14 @@ class Upgrading:
 
     def descriptors(self) -> list[int]:
         children = list(self._given_up)
-        if self._candidate is not None and self.phase is not Phase.TAKING_OVER:
+        if self._candidate is not None and not self.is_worker:
             children.append(self._candidate)
         return [fd for child in children for fd in child.descriptors()]
+
+    @property
+    def is_worker(self) -> bool:
+        """The candidate is."""
+        return self.phase in (Phase.TAKING_OVER, Phase.PROVING)
 
     def turn(self, now: float) -> None:
         """Look at what has happened."""
@@ -65,7 +73,7 @@ class Upgrading:
             child.reap()
             self._given_up.remove(child)
         candidate = self._candidate
-        if candidate is not None and self.phase is not Phase.TAKING_OVER:
+        if candidate is not None and not self.is_worker:
             for message in candidate.messages():
                 self._heard(message, now)
             if self._candidate is candidate and candidate.has_ended():
@@ -135,20 +143,29 @@ class Upgrading:
     def old_has_ended(self) -> None:
         """The candidate becomes the worker."""
         assert self._candidate is not None
+        self._why = ""
         self.phase = Phase.TAKING_OVER
         self.deadline = time.monotonic() + UPGRADE_SECONDS
         self._candidate.tell({"event": "go", **self._keeper.greeting()})
         self._keeper.employ(self._candidate)
 
-    def serving(self) -> Program:
-        """The candidate has taken over. Returns what to start when it dies."""
+    def serving(self) -> None:
+        """The candidate has taken over."""
+        if self._why:
+            return  # too late: it was killed
+        self.phase = Phase.PROVING
+        self.deadline = time.monotonic() + PROOF_SECONDS
+
+    def _succeed(self) -> None:
+        self._keeper.upgraded(self._program, self._version)
         self._answer({"version": self._version})
         self._end()
-        return self._program
 
     def _too_late(self, now: float) -> None:
         if self.phase is Phase.CHECKING:
             self.give_up(f"it did not report within {UPGRADE_SECONDS:g} s")
+        elif self.phase is Phase.PROVING:
+            self._succeed()
         elif self.phase is Phase.TAKING_OVER:
             assert self._candidate is not None
             self._why = f"it did not take over within {UPGRADE_SECONDS:g} s"
@@ -163,9 +180,10 @@ class Upgrading:
             self.give_up(self._why)
 
     def candidate_has_died(self, status: int) -> None:
-        """In the take-over, and reaped."""
+        """In the take-over or at once after it, and reaped."""
         self._candidate = None
-        self.give_up(self._why or f"it ended {how(status)} in the take-over")
+        when = "in" if self.phase is Phase.TAKING_OVER else "right after"
+        self.give_up(self._why or f"it ended {how(status)} {when} the take-over")
 
     def give_up(self, why: str) -> None:
         """The old version goes on."""

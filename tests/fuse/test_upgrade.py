@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -316,6 +317,78 @@ def test_a_version_that_dies_in_the_takeover_is_given_up(
     assert after["version"] == before["version"]
     assert after["pids"]["worker"] != before["pids"]["worker"]
     assert after["outages"]["count"] == 1
+
+
+def test_a_version_that_dies_when_it_has_just_taken_over_is_given_up(
+    image: Path, healfs_mount: Mounter, agent: Opener, version: Version
+) -> None:
+    """It would each time; and nothing tells `healfs upgrade` of success before."""
+    mount = healfs_mount(image)
+    before = mount.status()
+    writer = agent(mount.file)
+    assert writer.ok("pwrite", 0, BLOCK) == 4096
+    says = '            log.info("version %s took over"'
+    version.change(WORKER, says, '            raise RuntimeError("planted")\n' + says)
+    said, wrong = version.start_upgrade(mount).communicate(timeout=SECONDS)
+    assert not said and "ended by an internal error right after the take-over" in wrong
+    assert f"version {before['version']} goes on" in wrong
+    assert writer.ok("pread", 0, 4096) == BLOCK
+    after = mount.status()
+    assert after["version"] == before["version"]
+    assert after["worker_restarts"] == 0
+    assert "HEALFS_UPGRADE_FAILED" in mount.run("events", str(mount.mountpoint), "--json").stdout
+
+
+def test_a_candidate_that_dies_when_the_old_one_makes_room(
+    image: Path, healfs_mount: Mounter, agent: Opener, version: Version
+) -> None:
+    mount = healfs_mount(image)
+    before = mount.status()
+    writer = agent(mount.file)
+    waits = "    return await parent.wait_for_go()"
+    version.change("daemon/takeover.py", waits, "    os._exit(8)\n" + waits)
+    _, wrong = version.start_upgrade(mount).communicate(timeout=SECONDS)
+    assert "it ended with status 8; version" in wrong
+    assert writer.ok("pwrite", 0, BLOCK) == 4096
+    after = mount.status()
+    assert (after["version"], after["worker_restarts"]) == (before["version"], 0)
+
+
+def test_an_old_worker_that_hangs_is_killed(
+    tmp_path: Path, image: Path, healfs_mount: Mounter, agent: Opener
+) -> None:
+    """What is told of a new one that dies then is its own end."""
+    mount = healfs_mount(image)
+    writer = agent(mount.file)
+    dies, fits = Version(tmp_path / "dies"), Version(tmp_path / "fits")
+    dies.change(WORKER, "        self.engine.take_over(", "        os._exit(8)\n        (")
+    os.kill(mount.status()["pids"]["worker"], signal.SIGSTOP)
+    writer.ask("pwrite", 0, BLOCK)
+    _, wrong = dies.start_upgrade(mount).communicate(timeout=SECONDS)
+    assert "it ended with status 8 in the take-over" in wrong
+    assert writer.answer().value == 4096  # by the old version
+    os.kill(mount.status()["pids"]["worker"], signal.SIGSTOP)
+    fits.upgrade(mount)
+    assert mount.status()["version"] == fits.number
+    assert writer.ok("pread", 0, 4096) == BLOCK
+
+
+def test_the_keeper_dies_while_a_candidate_is_looked_at(
+    image: Path, healfs_mount: Mounter, agent: Opener, version: Version
+) -> None:
+    """No candidate stays behind, and none takes over beside the old one."""
+    mount = healfs_mount(image)
+    before = mount.status()
+    writer = agent(mount.file)
+    looks = "    reason = await _unfit("
+    version.change("daemon/takeover.py", looks, "    await trio.sleep(3)\n" + looks)
+    upgrading = version.start_upgrade(mount)
+    wait_until(lambda: len(mount.processes()) == 4, "the candidate")
+    os.kill(before["pids"]["keeper"], signal.SIGKILL)
+    assert upgrading.communicate(timeout=SECONDS)[1].count("\n") == 1
+    assert upgrading.returncode == 1
+    wait_until(lambda: mount.processes() == [before["pids"]["worker"]], "the candidate's end")
+    assert writer.ok("pwrite", 0, BLOCK) == 4096
 
 
 def test_versions_that_hang_are_given_up(
