@@ -41,6 +41,12 @@ def probe(path: str, fd: int, *, size: int, read_only: bool) -> str:
         return f"{os.strerror(error.errno or errno.EIO)}"
 
 
+# Of an owner and of room the requests tell themselves; a FUSE file system may have no such times.
+_TELLS_NOTHING = frozenset(
+    (errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.ENOSYS)
+)
+
+
 def _can_change(fd: int) -> bool:
     """By a new time of its last change: an ext4 that takes no writes after an error does not say
     so in statvfs(2) (from Linux 6.15 on), and a server's NFS never does."""
@@ -49,8 +55,7 @@ def _can_change(fd: int) -> bool:
     except OSError as error:
         if error.errno == errno.EROFS:
             return False
-        # Of an owner and of room the requests tell themselves.
-        if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _TELLS_NOTHING:
             raise
     return True
 

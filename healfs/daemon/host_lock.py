@@ -53,8 +53,8 @@ def _path(name: str) -> str:
 
 def _open(path: str) -> int:
     # Reading is enough to lock. O_CREAT alone would be refused for another user's file in a
-    # directory that all may write to (fs.protected_regular).
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    # directory that all may write to (fs.protected_regular). Nor may a FIFO of his stop us.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     while True:
         with contextlib.suppress(FileNotFoundError):
             return os.open(path, flags)

@@ -53,7 +53,8 @@ def lock_name(source: str) -> str:
     uri = nbd_uri.parse(source)
     server = f"{uri.host.lower()}:{uri.port}"
     if uri.socket is not None:
-        server = os.path.realpath(uri.socket)
+        abstract = uri.socket.startswith("\0")
+        server = uri.socket if abstract else os.path.realpath(uri.socket)
     return host_lock.name_of("nbd", f"{server}/{uri.export}")
 
 

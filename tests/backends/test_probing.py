@@ -101,6 +101,19 @@ async def test_an_ext4_that_had_an_error(ext4: Ext4) -> None:
     await backend.aclose()
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_fuse_file_system_without_times_is_no_outage(
+    image: Path, opened: Callable[..., int], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """QEMU's FUSE export, and nbdfuse: a bad sector behind them would stall the disk for ever."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert _probe(image, opened(image)) == ""
+
+
 def test_that_it_cannot_be_opened_anew_says_what_is_wrong(
     image: Path, opened: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
