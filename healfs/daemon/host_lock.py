@@ -11,11 +11,14 @@ Another host is not seen (DESIGN.md, "Backends"). Standard library only: the kee
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import tempfile
 
+_FILES = "healfs-file-"  # see name_of
+_TRIES = 100  # somebody may make and remove it all the time
 _PLACES = ("/run/lock", tempfile.gettempdir())  # the first that can be used, by every user
 
 
@@ -26,16 +29,28 @@ def name_of(kind: str, source: str) -> str:
 
 def acquire(name: str, *, shared: bool) -> int:
     """Readers share a source, a writer has it alone. Raises BlockingIOError when it is in use."""
-    while True:
+    for _ in range(_TRIES):
         fd = _open(_path(name))
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as exc:
+            owner = os.fstat(fd).st_uid
             os.close(fd)
-            raise
+            if not isinstance(exc, BlockingIOError) or not _is_overruled(name, owner):
+                raise
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                os.unlink(_path(name))
+            continue
         if os.fstat(fd).st_nlink:
             return fd
         os.close(fd)  # what was locked is the removed file of the last holder
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def _is_overruled(name: str, owner: int) -> bool:
+    """Anybody may lock this name, and must not keep root's disks from being mounted: what is open
+    has a file's own locks, too."""
+    return os.geteuid() == 0 and owner != 0 and name.startswith(_FILES)
 
 
 def release(name: str, fd: int) -> None:
@@ -59,4 +74,6 @@ def _open(path: str) -> int:
         with contextlib.suppress(FileNotFoundError):
             return os.open(path, flags)
         with contextlib.suppress(FileExistsError):
-            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+            os.fchmod(fd, 0o644)  # whatever the umask: the next user may be another
+            return fd
