@@ -36,6 +36,7 @@ class Unmounting:
         self._lock = trio.Lock()
         self._patience = trio.CancelScope()  # of the flush before an unmount
         self.ended = trio.Event()
+        self._forced = False
         self._told = False
         self._unmounted = False
 
@@ -86,14 +87,18 @@ class Unmounting:
         end_soon, once the answer is on its way.
         """
         if force:
+            self._forced = True
             self._patience.cancel()  # of a plain one that waits for the backend
         async with self._lock:
-            if self._unmounted or self.ended.is_set():
+            # A plain one that waited for another one's patience has none of its own any more.
+            overtaken = self._forced and not force
+            if self._unmounted or self.ended.is_set() or overtaken:
                 raise UnmountError("it is being unmounted already; there is no more to do")
             flushed = await self.flush(FORCED_FLUSH_SECONDS if force else UNMOUNT_SECONDS)
             if not flushed and not force:
                 raise UnmountError(self._what_waits())
             given_up: dict[str, Any] = {}
+            in_use = False
             if force:
                 given_up = self.unflushed() if not flushed else {}
                 given_up |= self._worker.engine.fail_all()
@@ -108,13 +113,25 @@ class Unmounting:
                         commands.busy_text(self._worker.config.mountpoint, exc)
                     ) from None
                 await self._unmount_lazily()
+                in_use = True
             self._unmounted = True
-            # Whoever opened the file after the look above may have had a write answered.
-            if flushed and not await self.flush(REST_SECONDS) and (lost := self.unflushed()):
-                given_up |= lost
-                self._log_loss("unmounted; lost", lost)
+            await self._give_up_rest(given_up, flush=flushed, in_use=in_use)
             self._tell_end(given_up, who or {})
             return given_up
+
+    async def _give_up_rest(self, given_up: dict[str, Any], *, flush: bool, in_use: bool) -> None:
+        """Whoever opened the file after the flush may have had a write answered."""
+        if flush:
+            await self.flush(REST_SECONDS)
+        if in_use:  # who has it open writes on: no more is answered than what is told
+            self._worker.engine.hold()
+            for kind, more in self._worker.engine.fail_all().items():
+                already = given_up.get(kind, {})
+                given_up[kind] = {key: n + already.get(key, 0) for key, n in more.items()}
+        lost = self.unflushed()
+        if lost and lost["unflushed"] != given_up.get("unflushed"):
+            given_up |= lost
+            self._log_loss("unmounted; lost", lost)
 
     async def _unmount_lazily(self) -> None:
         """Of a forced end, which comes whether this works or not; then the mount stays, dead."""

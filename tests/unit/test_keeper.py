@@ -128,3 +128,10 @@ def test_where_a_daemon_still_is_another_time_may_do(
     )
     tmp_path.chmod(0o777)
     assert one.run() == 2 and "others may write there" in capsys.readouterr().err
+
+
+def test_of_a_mounts_end_the_first_word_counts(kept: Keeper) -> None:
+    """The worker that was asked for it may die before its end, and its successor knows less."""
+    kept._heard({"do": "unmounted", "data": {"uid": 7, "outage_seconds": 1.5}})
+    kept._heard({"do": "unmounted", "data": {"outage_seconds": 2.5}})
+    assert kept.unmounted == {"uid": 7, "outage_seconds": 1.5}
