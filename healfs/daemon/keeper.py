@@ -503,7 +503,7 @@ class Keeper:
 
     def _unmount(self, lazy: bool) -> None:
         try:
-            mount.unmount(self.mountpoint, self.connection, lazy=lazy)
+            mount.unmount(self.mountpoint, self.connection, lazy=lazy, moved=True)
         except (OSError, subprocess.TimeoutExpired) as exc:
             self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -145,7 +146,9 @@ class Unmounting:
             record = mounts.read(self._worker.parent.greeting["directory"])
             connection = record.connection if record else None
             await trio.to_thread.run_sync(
-                lambda: mount.unmount(self._worker.config.mountpoint, connection, lazy=lazy),
+                partial(mount.unmount, moved=True, lazy=lazy),
+                self._worker.config.mountpoint,
+                connection,
                 abandon_on_cancel=True,
             )
         else:

@@ -100,11 +100,20 @@ def _mount_as_user(mountpoint: str, source: str, allow_other: bool, read_only: b
     return fds[0]
 
 
-def unmount(mountpoint: str, connection: int | None, *, lazy: bool = False) -> None:
+def unmount(
+    mountpoint: str, connection: int | None, *, lazy: bool = False, moved: bool = False
+) -> None:
     """Ours, of that connection; what somebody else has mounted there is left alone.
+
+    `moved`: wherever it is now. Only while it is served: the number of a connection that is gone
+    may be another's.
 
     Raises MountError: errno EBUSY (16) when somebody has the file open and not lazy.
     """
+    if moved and connection not in _connections_at(mountpoint):
+        for place, kind, minor in mountinfo():
+            if kind == TYPE and minor == connection:
+                mountpoint = place
     if not is_ours(mountpoint, connection):
         what = "something else is mounted over it; unmount that first"
         if not is_mounted(mountpoint):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from healfs.control.client import connect
-from healfs.fuse.mount import mountinfo
+from healfs.fuse.mount import is_mounted, mountinfo
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
@@ -526,6 +526,31 @@ def test_what_is_mounted_where_ours_was_stays(
     done = commands.run("umount", commands.mountpoint)
     assert done.returncode == 0 and "cleared what it left" in done.stderr
     assert not commands.run_files()
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]])
+@pytest.mark.parametrize("keeper", [True, False])
+def test_ours_is_unmounted_where_it_was_moved_to(
+    commands: Commands, image: Path, options: list[str], keeper: bool
+) -> None:
+    _mounted(commands, image)
+    elsewhere = commands.directory / "elsewhere"
+    elsewhere.mkdir()
+    move = ["mount", "--move", commands.mountpoint, elsewhere]
+    moved = subprocess.run(move, capture_output=True, text=True, timeout=GENEROUS)
+    if moved.returncode:
+        pytest.skip(f"mounts cannot be moved here: {moved.stderr}")
+    try:
+        if not keeper:
+            os.kill(_pids(commands)["keeper"], signal.SIGKILL)
+            wait_until(lambda: not _pids(commands)["keeper"], "the keeper's end")
+        done = commands.run("umount", commands.mountpoint, *options)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not is_mounted(str(elsewhere))
+    finally:
+        if is_mounted(str(elsewhere)):
+            subprocess.run(["umount", "-l", elsewhere], check=True, timeout=GENEROUS)
+    commands.nothing_left(GENEROUS)
 
 
 def test_a_process_that_has_the_pid_of_one_that_is_gone_is_not_killed(
