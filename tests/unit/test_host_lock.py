@@ -49,8 +49,9 @@ def test_a_fifo_in_its_place_stops_nobody(place: Path) -> None:
 @pytest.mark.parametrize("kind", ["file", "nbd"])
 def test_another_user_keeps_root_from_no_file(place: Path, kind: str) -> None:
     """A file has locks of its own, for who may open it; an export has no other."""
-    for directory in (place, *place.parents[:2]):
-        directory.chmod(0o1777)
+    place.chmod(0o1777)
+    for directory in place.parents[:2]:
+        directory.chmod(0o711)
     name = host_lock.name_of(kind, "/disk")
     command = [sys.executable, "-c", AS_ANOTHER, str(place), name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as another:
