@@ -25,6 +25,7 @@ from healfs.backends.nbd_tls import TlsSocket
 from healfs.backends.nbd_watch import path_changed
 from healfs.core.request import Done, Kind, Request
 
+HANGS_SECONDS = 0.1  # of a try to connect: from then on its socket file is watched
 PIECE_MAX = 2 << 20  # bytes of one READ or WRITE; a whole READ must fit the receive buffer
 ZERO_MAX = 128 << 20  # bytes of one TRIM or WRITE_ZEROES: slow servers write the zeroes
 PIECES_IN_FLIGHT = 4  # of one request
@@ -142,13 +143,36 @@ class NbdBackend(Backend):
         self._taken = set()
         self._socket_file = self._stat_socket()
         try:
-            geometry = await self._connect()
+            geometry = await self._connect_while_there()
         except SourceError as error:
             if self._was_connected:
                 raise OSError(e.ECONNREFUSED, str(error)) from error
             raise
         self._was_connected = True
         return geometry
+
+    async def _connect_while_there(self) -> Geometry:
+        """A server that hangs is not waited for when another one has taken its socket's place."""
+        if self._uri.socket is None:
+            return await self._connect()
+        geometry = failure = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._until_replaced, nursery.cancel_scope)
+            try:
+                geometry = await self._connect()
+            except OSError as error:  # not to be wrapped in a group
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        if geometry is None:
+            raise OSError(e.ECONNABORTED, f"{self._uri.socket}: another server is there now")
+        return geometry
+
+    async def _until_replaced(self, scope: trio.CancelScope) -> None:
+        await trio.sleep(HANGS_SECONDS)
+        await self.wait_changed()
+        scope.cancel()
 
     async def _connect(self) -> Geometry:
         sock, export = await open_export(self._uri, self._tries)

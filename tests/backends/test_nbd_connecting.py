@@ -68,6 +68,37 @@ def _full(address: str | tuple[str, int]) -> list[socket.socket]:
     return clients
 
 
+async def test_who_hangs_is_left_for_another_at_the_same_path(tmp_path: Path) -> None:
+    path = tmp_path / "nbd.sock"
+    backend = NbdBackend(f"nbd+unix:///?socket={path}")
+    refused: list[OSError] = []
+
+    async def connect() -> None:
+        with pytest.raises(OSError) as caught:
+            await backend.connect()
+        refused.append(caught.value)
+
+    async with listening(str(path)):  # and nothing else
+        with trio.fail_after(HANDSHAKE_SECONDS / 2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connect)
+                await trio.testing.wait_all_tasks_blocked(0.3)
+                path.with_name("another file").touch()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert not refused
+                path.unlink()
+                async with listening(str(path)) as listener:
+                    nursery.start_soon(_accept, listener)
+                    with trio.fail_after(HANDSHAKE_SECONDS / 4):
+                        await backend.wait_changed()  # as after the try, too
+                        while not refused:  # noqa: ASYNC110
+                            await trio.sleep(0.01)
+                    assert (await backend.connect()).size == MIB
+                    nursery.cancel_scope.cancel()
+    assert refused[0].errno == errno.ECONNABORTED
+    await backend.aclose()
+
+
 async def test_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
     """connect(2) says EAGAIN to a Unix socket then, and nothing is under way."""
     path = str(tmp_path / "nbd.sock")
