@@ -71,7 +71,7 @@ cdef class Engine:
     cpdef object submit(self, Request request)
     @cython.locals(queues=Queues)
     cdef object _submit(self, Request request)
-    @cython.locals(queues=Queues)
+    @cython.locals(queues=Queues, replaying="bint")
     cpdef object completed(self, Request request, long long errno, object data=*)
     cdef object _wait(self, Request request)
     cdef object _park(self, Request request)

@@ -188,6 +188,8 @@ class Engine:
             self._writes.enter(request)
             if request.blockers:
                 self._wait(request)
+                if self._alarm is None or now + self._silence < self._alarm:
+                    self._wake_at(now + self._silence)  # it may be behind one that was given up
                 if self._outage.since is not None:
                     self._judge_in_outage(request, now)
                 return
@@ -237,7 +239,8 @@ class Engine:
             # First: what waits for its range needs no room, and takes it from nobody.
             if len(self._unsettled) and self._unsettled.block(request):
                 self._wait(request)
-                self._wake_at(now + (self.policy.of(kind).retry_timeout or math.inf))
+                timeout = self.policy.of(kind).retry_timeout or math.inf
+                self._wake_at(now if self._fence_at is not None else request.arrived + timeout)
                 return
             if request.record < 0 and (self._queues.no_room or not self.log.enter(request)):
                 request.phase = PARKED
@@ -348,6 +351,7 @@ class Engine:
             if queues.in_flight.pop(request.order, None) is not request:
                 raise RuntimeError(f"a second completion of {request}")
             self._last_answer = self.clock()
+            replaying = self._replaying
             if request.internal:
                 self._internal_completed(request, errno)
             elif errno and (not request.answered or errors.is_lost(errno)):
@@ -357,7 +361,7 @@ class Engine:
             if self._beside and request.fua:
                 self._fua_ended(request)
             if self._outage.since is not None:
-                self._answered_again(request)
+                self._answered_again(request, replaying)
             if self._replaying:
                 self._pump_replay()
             elif queues.parked or queues.no_room or queues.flushes:
@@ -456,13 +460,16 @@ class Engine:
             self._fault("cancel")
 
     def _give_up(self, request: Request, errno: int, data: object = None) -> None:
-        parked = request.phase is PARKED
-        if parked:
+        let_go = request.phase is PARKED
+        if let_go:
             self._queues.forget_parked(request)
+        elif request.phase is WAITING and self._unsettled.let_go(request):
+            let_go = True  # what is behind it may be a read, which waits for no attempt
+            del self._queues.waiting[request.order]
         if self._outage.since is not None:
             self._outage.gave_up(self.clock() - request.arrived)
         self._answer(request, errno, data)
-        if parked:
+        if let_go:
             self._retire(request)
 
     def fail_all(self, errno: int = e.EIO) -> dict[str, dict[str, int]]:
@@ -999,7 +1006,7 @@ class Engine:
             if kind != MISMATCH:  # which has an event of its own
                 self.effects.event("HEALFS_OUTAGE_CHANGED", {"kind": kind, "reason": reason})
 
-    def _answered_again(self, request: Request) -> None:
+    def _answered_again(self, request: Request, replaying: bool) -> None:
         """An answer came: the end of a hang, and, to a guest, of an outage."""
         if not self.link_up:
             return
@@ -1007,8 +1014,8 @@ class Engine:
             self._move(State.REPLAYING if self._replaying else State.READY, "")
             if self._replay.wanted and not self._replaying:
                 self._begin_replay()  # a flush failed in the silence
-        piece = request.internal and request.kind not in (READ, FLUSH)
-        if self.state is State.READY and not piece:  # of a replay: no guest has an answer yet
+        of_replay = replaying and request.internal  # then no guest has an answer yet
+        if self.state is State.READY and not of_replay:
             self._end_outage(self.clock(), request)
 
     def _end_outage(self, now: float, last: Request | None = None) -> None:
@@ -1104,7 +1111,7 @@ class Engine:
         if self._replaying and self._replay.flushing:
             self._replay_flushed(flush, errno)
         elif errno or self._replay.wanted:
-            self._flush_failed(errno or self._replay.errno, self._take_flushes())
+            self._flush_failed(errno or self._replay.errno or e.EIO, self._take_flushes())
         else:
             guests, self._queues.covered = self._queues.covered, {}
             self.log.trim(flush.completed, self._hold())
@@ -1308,28 +1315,54 @@ class Engine:
             return
         # An answer that is long, over a link that is slow, is no silence while it comes.
         self._last_answer = max(self._last_answer, self.effects.heard())
-        oldest = self._waited_for()
+        waited_since = self._waited_since()
         if self.state is State.STALLED:
             # Nothing may overtake the replay.
             if now >= self._probe_at and not self._replaying:
                 self._probe_at = now + self._longest_pause()
                 self._ask(now)
-        elif oldest is not None and self.state in (State.READY, State.REPLAYING):
-            silent_since = max(self._last_answer, oldest.sent)
+        elif waited_since is not None and self.state in (State.READY, State.REPLAYING):
+            silent_since = max(self._last_answer, waited_since)
             if now >= silent_since + self._silence:
                 reason = f"no answer for {self.slow_after:g} s"
                 self._begin_outage(now, e.ETIMEDOUT, SILENT, reason, silent_since)
                 self._probe_at = now + self._longest_pause()
         for request in [*self._queues.covered.values(), *self._queues.in_flight.values()]:
             if now - request.sent >= self._silence and not request.answered:
-                self._judge_hanging(request, now)
+                self._judge_hanging(request, now, request.sent)
+        for request, since in self._behind_hanging(now):
+            self._judge_hanging(request, now, since)
 
-    def _waited_for(self) -> Request | None:
-        """The oldest in flight, but for those that were given up."""
-        for request in self._queues.in_flight.values():
+    def _waited_since(self) -> float | None:
+        """Since when somebody waits for what is in flight. For most of what was given up nobody
+        does."""
+        queues, times = self._queues, []
+        for request in queues.in_flight.values():
             if request.internal or not request.answered:
-                return request
-        return None
+                times.append(request.sent)
+                break
+            if request.order in self._beside and self._flush is not None:
+                times.append(self._flush.sent)
+            times += [r.arrived for r in request.waiters or () if not r.answered]
+        else:
+            if queues.in_flight and self._replaying and not self._replay.running:
+                times.append(self.since)
+            if queues.parked and len(queues.in_flight) >= self.limits.in_flight > 0:
+                times.append(next(iter(queues.parked.values())).arrived)
+        return min(times, default=None)
+
+    def _behind_hanging(self, now: float) -> list[tuple[Request, float]]:
+        """What waits for one that hangs, given up or not, for others, too; and since when."""
+        found: dict[int, tuple[Request, float]] = {}
+        for hanging in self._queues.in_flight.values():
+            if hanging.waiters is None or now - hanging.sent < self._silence:
+                continue
+            behind = list(hanging.waiters)
+            for request in behind:
+                if request.order not in found:
+                    found[request.order] = request, max(request.arrived, hanging.sent)
+                    behind += request.waiters or ()
+        return [entry for entry in found.values() if not entry[0].answered]
 
     def _ask(self, now: float) -> None:
         """What hangs may be one request only: one new request at a time finds out. Where the policy
@@ -1344,22 +1377,36 @@ class Engine:
 
     def _judge_without_room(self, now: float) -> None:
         """Writes that wait for room in the log do so under their policy's clock."""
+        if not self._queues.no_room:
+            return
+        fails = self._refused_fills_the_log()
+        errno = self._replay.errno if fails else e.ETIMEDOUT
         for request in list(self._queues.no_room.values()):
-            policy = self.policy.of(request.kind)
-            if policy.error is not Action.RETRY or not policy.retry_timeout:
-                continue  # room comes with the next flush; that is no error to be reported
-            action = policy.decide(request.kind, e.ETIMEDOUT, now - request.arrived)
-            if action is Action.STOP:
-                self._stop_by_policy(e.ETIMEDOUT)
+            if self.state is not State.READY:
                 return
-            if action is not Action.RETRY and self.state is State.READY:
-                self._act(request, action, e.ETIMEDOUT)
+            policy = self.policy.of(request.kind)
+            if not fails and (policy.error is not Action.RETRY or not policy.retry_timeout):
+                continue  # room comes with the next flush; that is no error to be reported
+            action = policy.decide(request.kind, errno, now - request.arrived)
+            if action is Action.RETRY:
+                continue
+            self._io_error(request.kind, errno, action)
+            if action is Action.STOP:
+                self._stop_by_policy(errno)
+            else:
+                self._act(request, action, errno)
 
-    def _judge_hanging(self, request: Request, now: float) -> None:
+    def _refused_fills_the_log(self) -> bool:
+        """No flush makes room any more, nor does an answer: the backend has refused it all."""
+        if not self._replay.errno or not self._replay.latched or self.log.is_trimmable:
+            return False
+        return all(request.kind is READ for request in self._queues.in_flight.values())
+
+    def _judge_hanging(self, request: Request, now: float, since: float) -> None:
         policy = self.policy.of(request.kind)
         if policy.error is not Action.RETRY or not policy.retry_timeout:
             return  # in an outage all are judged anyway; one slow request alone is waited for
-        action = policy.decide(request.kind, e.ETIMEDOUT, now - request.sent)
+        action = policy.decide(request.kind, e.ETIMEDOUT, now - since)
         if action is Action.RETRY or self.state is State.PAUSED:
             return
         self._io_error(request.kind, e.ETIMEDOUT, action)
@@ -1397,11 +1444,13 @@ class Engine:
             if self._probe_at <= now:
                 self._probe_at = now + self._longest_pause()
             times.append(self._probe_at)
-        waited_for = self._waited_for() if self.link_up else None
-        if waited_for is not None:
-            times += [waited_for.sent + t for t in timeouts if waited_for.sent + t > now]
+        for _, began in self._behind_hanging(now) if timeouts else ():
+            times += [began + t for t in timeouts if began + t > now]
+        since = self._waited_since() if self.link_up else None
+        if since is not None:
+            times += [since + t for t in timeouts if since + t > now]
             if self.state in (State.READY, State.REPLAYING):
-                times.append(max(self._last_answer, waited_for.sent) + self._silence)
+                times.append(max(self._last_answer, since) + self._silence)
         if times:
             self._wake_at(min(times))
 

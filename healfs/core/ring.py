@@ -142,6 +142,35 @@ class PayloadRing:
         self.memory[place : place + length] = data
         return self._take(place, length)
 
+    def store_in_gap(self, data: bytes | bytearray | memoryview) -> Slot | None:
+        """`store`, where what was freed behind the tail is room enough; the last such gap."""
+        if self._is_shut:
+            return None
+        size, slots = self.size, list(self._slots)
+        length = -(-len(data) // PAGE) * PAGE
+        last = len(slots)
+        while last:
+            end, first = slots[last - 1].end, last
+            while first and slots[first - 1].free and not slots[first - 1].pinned:
+                first -= 1
+            if first and first < last:
+                if (end - length) // size < (end - 1) // size:
+                    end -= end % size  # in one piece
+                if end - length >= slots[first - 1].end:
+                    place = (end - length) % size
+                    slot = Slot(self.memory[place : place + len(data)], place, end)
+                    slot.data[:] = data
+                    self._slots = deque([*slots[:first], slot, *slots[last:]])
+                    return slot
+            last = min(first, last - 1)
+        return None
+
+    def close_gap(self) -> None:
+        """The tail is where the oldest payload begins, not where one before it ended."""
+        if self._slots:
+            first = self._slots[0]
+            self._tail = first.end - -(-len(first.data) // PAGE) * PAGE
+
     def release(self, slot: Slot) -> None:
         slot.request = None
         if not slot.end:

@@ -72,6 +72,16 @@ class Unsettled:
             wait(request, attempt)
         return bool(found)
 
+    def let_go(self, request: Request) -> bool:
+        """It was given up; whether it waited for attempts, and does so no more."""
+        waited = False
+        for attempt in self.holds_back(request.start, request.end, request.order):
+            while attempt.waiters and request in attempt.waiters:
+                attempt.waiters.remove(request)
+                request.blockers -= 1
+                waited = True
+        return waited
+
     def next_time(self) -> float | None:
         return min((a.until for a in self._attempts.values()), default=None)
 

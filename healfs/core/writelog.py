@@ -168,8 +168,9 @@ class WriteLog:
         (a bad sector, a range that is not settled) must not stop those to other ranges."""
         ring = self.ring
         once_round = ring.head
+        moved: set[int] = set()
         while ring.used * 2 >= ring.size and (slot := ring.oldest()) is not None:
-            if slot.end > once_round or not self._free:
+            if slot.end > once_round or slot.end in moved or not self._free:
                 return
             request = slot.request
             if not isinstance(request, Request) or request.record < 0:
@@ -178,9 +179,11 @@ class WriteLog:
                 return  # the backend reads it
             if request.completed and not self._is_stuck(request):
                 return  # the next flush frees it
-            copy = ring.store(slot.data)
+            # Where the ring is full to the brim, there may be room behind it alone.
+            copy = ring.store(slot.data) or ring.store_in_gap(slot.data)
             if copy is None:
                 return
+            moved.add(copy.end)
             state = COMPLETED if request.completed else SENT
             copy.request = request
             request.owner, request.data = copy, copy.data
@@ -190,6 +193,7 @@ class WriteLog:
             self._states[old] = FREE
             self._free.append(old)
             ring.release(slot)
+            ring.close_gap()
 
     def _is_stuck(self, request: Request) -> bool:
         """Completed, but no running flush will free it."""

@@ -144,9 +144,9 @@ class LatchCleared(Engine):
 class StaysLatched(Engine):
     """A flush that failed in a silence is replayed with the next connection only."""
 
-    def _answered_again(self, request: Request) -> None:
+    def _answered_again(self, request: Request, replaying: bool) -> None:
         begin, self._begin_replay = self._begin_replay, lambda: None  # type: ignore[method-assign]
-        super()._answered_again(request)
+        super()._answered_again(request, replaying)
         self._begin_replay = begin  # type: ignore[method-assign]
 
 

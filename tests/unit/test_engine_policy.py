@@ -266,6 +266,36 @@ def test_a_failing_fence_is_an_error_like_any_other(blocked):
     assert play.answers["b"] == (e.EIO, None)
 
 
+def test_what_is_behind_a_write_that_is_given_up_waits_no_longer(blocked):
+    """A read may go, a write is the next one that waits for the range."""
+    play = blocked(policy("report"))
+    play.write("c", 0)
+    play.read("r", 0)
+    play.fences()
+    play.run(0.1)
+    play.drive()
+    assert play.answers["c"] == (e.EIO, None) and play.answers["r"] == (0, bytes(BLOCK))
+    play.write("d", 0)  # before the fence is tried again
+    play.run(0.1)
+    assert play.answers["d"] == (e.EIO, None)
+    assert play.counts["parked"] == 0 and not play.engine.writes_outstanding
+    play.fences("")
+    play.write("e", 0)
+    play.drive()
+    assert play.answers["e"] == (0, None)
+
+
+def test_a_write_that_is_cancelled_waits_for_its_range_no_longer(blocked):
+    play = blocked(policy())
+    play.read("r", 0)
+    assert "r" not in play.answers
+    play.cancel("b")
+    play.drive()
+    assert play.answers["r"] == (0, bytes(BLOCK))
+    play.fences("")
+    assert play.answers["b"] == (e.EINTR, None) and not play.flying
+
+
 def test_without_a_timeout_a_write_waits_for_the_fence_for_ever(blocked):
     play = blocked(policy())
     for _ in range(100):

@@ -419,6 +419,56 @@ def test_without_a_timeout_it_waits_until_there_is_room():
     assert disk.succeeded(name)
 
 
+@pytest.mark.parametrize("given", [policy("report"), policy("stop"), policy(retry(timeout=20))])
+def test_a_log_full_of_what_is_refused_is_an_error_like_any_other(given):
+    """A thin disk without space takes writes into its cache and refuses them with the flush."""
+    disk = Disk(given)
+
+    def refuses(request):
+        return e.ENOSPC if request.internal else 0
+
+    for number in range(200):
+        disk.write(f"w{number}", number * CHUNK, CHUNK)
+        disk.drive(refuses)
+    disk.drive_for(3, refuses)
+    waits = [n for n in range(200) if f"w{n}" not in disk.answers]
+    assert disk.engine.latched
+    if given == policy("report"):
+        assert not waits and disk.answers["w199"] == (e.ENOSPC, None)
+        return
+    assert waits[0] > 0 and waits[-1] == 199
+    if given == policy("stop"):
+        assert disk.state == "paused" and disk.engine.no_space
+        disk.engine.resume()
+    else:
+        disk.drive_for(20, refuses)
+        assert disk.answers["w199"] == (e.ENOSPC, None)
+    disk.drive_for(10)  # there is space again
+    assert len(disk.answers) == 200 and disk.state == "ready" and not disk.engine.latched
+
+
+@pytest.mark.parametrize("given", [policy("report"), policy()])
+def test_a_suspect_entry_that_holds_a_full_ring_stops_no_other_write(given):
+    """There is no room to move it up to, but where the others were that the replay has freed."""
+    disk = Disk(given)
+    disk.written("bad", 0)
+    disk.flush("f")
+    disk.drive(lambda request: e.EIO if request.kind is Kind.FLUSH else 0, rounds=1)
+    disk.drive(_touches(0))
+    assert disk.engine.latched
+    for number in range(200):
+        disk.write(f"w{number}", (1 + number) * CHUNK, CHUNK)
+        disk.drive(_touches(0))
+    disk.drive_for(20, _touches(0))
+    for number in range(200, 210):
+        disk.write(f"w{number}", (1 + number) * CHUNK, CHUNK)
+    disk.drive_for(3, _touches(0))
+    assert all(disk.succeeded(f"w{number}") for number in range(210))
+    disk.read("r", 0)
+    disk.drive()
+    assert disk.answers["r"] == (0, _content("bad", BLOCK))
+
+
 def test_entries_beside_a_suspect_do_not_pile_up():
     """Each successful flush of a replay frees what a newer entry hides."""
     disk = Disk()
@@ -442,6 +492,25 @@ def test_entries_beside_a_suspect_do_not_pile_up():
 
 
 # --- the replay ---------------------------------------------------------------------------------
+
+
+def test_retry_timeout_runs_on_through_a_relapse_after_the_replay():
+    """A server that dies with the first request of each connection: no guest has an answer."""
+    disk = Disk(policy(retry(timeout=10)))
+    disk.run(10)
+    disk.written("a", 0)
+    disk.lose()
+    disk.write("b", 1)
+    disk.run(6, refuse=True)
+    disk.back()
+    disk.drive(rounds=2)  # the replay
+    assert disk.state == "ready" and not disk.told("HEALFS_RECOVERED")
+    disk.lose()
+    disk.run(4.1, refuse=True)
+    assert disk.answers["b"] == (e.EIO, None)
+    disk.back()
+    disk.drive()
+    assert [told["requests_waited"] for told in disk.told("HEALFS_RECOVERED")] == [1]
 
 
 def test_a_replay_that_is_due_in_a_silence_comes_after_it():

@@ -4,8 +4,10 @@ import errno as e
 
 import pytest
 
+from healfs.core.engine import Limits
 from healfs.core.request import Kind
-from tests.unit.playbook import Playbook, policy, retry
+from tests.unit.playbook import BLOCK, Playbook, policy, retry
+from tests.unit.test_engine_recovery import Disk
 
 # --- no answer at all --------------------------------------------------------------------------
 
@@ -202,3 +204,108 @@ def test_an_answer_that_comes_in_pieces_is_no_silence():
     play.run(0.2)
     assert play.state == "stalled"
     assert play.engine.status()["outages"]["current_seconds"] == pytest.approx(5.1)
+
+
+# --- what waits for one that hangs and was given up -----------------------------------------------
+
+
+class _Flying(Disk):
+    """One write hangs, the others do well."""
+
+    def __init__(self, *arguments, fua=False, **keywords):
+        super().__init__(*arguments, slow_after=5, **keywords)
+        self.hung = self.request("hung", Kind.WRITE, 5 * BLOCK, BLOCK, fua=fua)
+        self.flying.clear()
+
+    def goes_on(self, seconds):
+        """Others are written and answered."""
+        for _ in range(seconds):
+            self.run(1)
+            name = f"other {len(self.answers)}"
+            self.write(name, 9)
+            self.drive()
+
+
+def test_what_waits_for_it_does_so_under_retry_timeout():
+    disk = _Flying(policy(retry(timeout=10)))
+    disk.goes_on(8)
+    disk.write("b", 5)
+    disk.goes_on(3)
+    assert disk.answers["hung"] == (e.EIO, None)
+    disk.read("r", 5)
+    disk.goes_on(6)
+    assert not disk.answers.keys() & {"b", "r"}
+    disk.goes_on(2)
+    assert disk.answers["b"] == (e.EIO, None) and "r" not in disk.answers
+    disk.goes_on(3)
+    assert disk.answers["r"] == (e.EIO, None)
+    disk.run(100)
+    disk.write("late", 5)
+    disk.run(20)  # and where nothing else goes on
+    assert disk.answers["late"] == (e.EIO, None)
+    disk.engine.completed(disk.hung, 0)
+    assert disk.state == "ready" and not disk.engine.writes_outstanding
+
+
+@pytest.mark.parametrize("given", [policy(), policy(retry(timeout=10))])
+def test_a_flush_that_waits_for_it_is_not_forgotten(given):
+    """It has succeeded, and waits for a FUA write that was given up."""
+    disk = _Flying(given, fua=True)
+    disk.goes_on(11)
+    disk.engine.cancel(disk.hung)
+    disk.flush("f")
+    disk.drive()
+    disk.run(9.9)
+    assert "f" not in disk.answers and disk.told("HEALFS_OUTAGE")
+    disk.run(0.2)
+    assert disk.answers.get("f") == (None if given == policy() else (e.EIO, None))
+    disk.flying.clear()
+    disk.engine.completed(disk.hung, 0)
+    disk.flush("g")
+    disk.drive()
+    assert disk.succeeded("g")
+
+
+def test_a_replay_that_waits_for_it_is_an_outage():
+    disk = _Flying(policy(retry(timeout=30)))
+    disk.engine.cancel(disk.hung)
+    disk.written("a", 0)
+    disk.flush("f")
+    disk.drive(lambda request: e.EIO)
+    disk.read("r", 9)
+    disk.run(6)
+    assert disk.state == "stalled" and not disk.answers.keys() & {"f", "r"}
+    disk.run(30)
+    assert disk.answers["f"] == disk.answers["r"] == (e.EIO, None)
+    disk.engine.completed(disk.hung, e.EIO)
+    disk.drive()
+    assert (Kind.WRITE, 0, 1) in disk.replayed() and disk.state == "ready"
+
+
+@pytest.mark.parametrize("waits", ["write", "flush"])
+def test_the_silence_begins_when_somebody_waits_for_it(waits):
+    """Not with the last answer of a disk that nobody used since."""
+    disk = _Flying(policy(retry(timeout=10)), fua=True)
+    disk.engine.cancel(disk.hung)
+    disk.run(100)
+    if waits == "write":
+        disk.write("b", 5)
+    else:
+        disk.flush("b")
+        disk.drive()
+    disk.run(4.9)
+    assert disk.state == "ready"
+    disk.run(4.9)
+    assert "b" not in disk.answers and disk.told("HEALFS_OUTAGE")
+    disk.run(0.3)
+    assert disk.answers["b"] == (e.EIO, None)
+
+
+def test_a_disk_whose_requests_in_flight_are_all_given_up_is_stalled():
+    disk = _Flying(policy(retry(timeout=30)), limits=Limits(in_flight=1))
+    disk.engine.cancel(disk.hung)
+    disk.read("r", 9)
+    disk.run(6)
+    assert disk.state == "stalled"
+    disk.run(30)
+    assert disk.answers["r"] == (e.EIO, None)

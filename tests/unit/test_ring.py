@@ -39,6 +39,81 @@ def test_what_is_kept_stays_as_it_is_until_it_is_released(steps, messages):
     assert ring.used == 0
 
 
+@settings(max_examples=200, deadline=None)
+@given(STEPS, st.integers(2, 5), st.integers(0, 100))
+def test_the_oldest_is_moved_to_where_others_were_and_nothing_else_changes(steps, messages, at):
+    """As the log does it; what was freed by an attempt that may still read it is no gap."""
+    ring = PayloadRing(memoryview(bytearray(messages * MESSAGE)), MESSAGE)
+    kept, pinned = [], []
+    for number, (keep, length, choice) in enumerate(steps):
+        if keep or not kept:
+            content = bytes([number % 255 + 1]) * length
+            ring.target()[:length] = content
+            kept.append((ring.keep(length), content))
+        else:
+            slot, content = kept.pop(choice % len(kept))
+            if choice % 7 == 0 and slot.end:
+                slot.pinned = True
+                pinned.append((slot, content))
+            ring.release(slot)
+        oldest = ring.oldest()
+        if number >= at and oldest is not None and not oldest.pinned:
+            [content] = [content for slot, content in kept if slot is oldest]
+            copy = ring.store_in_gap(oldest.data)
+            if copy is not None:
+                assert copy.end > oldest.end
+                kept = [(slot, content) for slot, content in kept if slot is not oldest]
+                kept.append((copy, content))
+                before = ring.used
+                ring.release(oldest)
+                ring.close_gap()
+                assert ring.used < before
+        for slot, content in kept + pinned:
+            assert bytes(slot.data) == content
+        assert 0 <= ring.used <= ring.size
+    ring.unpin([slot for slot, _ in pinned])
+    for slot, _ in kept:
+        ring.release(slot)
+    assert ring.used == 0
+
+
+def test_the_oldest_of_a_full_ring_is_moved_behind_others_freed():
+    memory = memoryview(bytearray(4 * MESSAGE))
+    ring = PayloadRing(memory, MESSAGE)
+    slots = []
+    for _ in range(4):
+        ring.target()[:MESSAGE] = bytes([len(slots) + 1]) * MESSAGE
+        slots.append(ring.keep(MESSAGE))
+    ring.release(slots[1])
+    ring.release(slots[2])
+    assert ring.store(b"x") is None
+    copy = ring.store_in_gap(slots[0].data)
+    assert copy is not None and copy.end == slots[2].end
+    ring.release(slots[0])
+    ring.close_gap()
+    assert ring.used == 2 * MESSAGE and bytes(copy.data) == bytes([1]) * MESSAGE
+    assert bytes(slots[3].data) == bytes([4]) * MESSAGE
+    assert ring.store_in_gap(copy.data) is None
+    ring.target()
+    assert ring.keep(MESSAGE).end
+
+
+def test_what_is_moved_lies_in_one_piece():
+    ring = PayloadRing(memoryview(bytearray(4 * MESSAGE)), MESSAGE)
+    slots = []
+    for length in (*[MESSAGE] * 4, mmap.PAGESIZE):
+        if ring.target() and len(slots) == 4:
+            ring.release(slots[0])
+            ring.release(slots[1])
+            ring.target()
+        slots.append(ring.keep(length))
+    assert slots[4].place == 0 and slots[4].end
+    ring.release(slots[3])
+    ring.release(slots[4])
+    copy = ring.store_in_gap(slots[2].data)
+    assert copy is not None and copy.place == 3 * MESSAGE and len(copy.data) == MESSAGE
+
+
 def test_a_full_ring_takes_ordinary_memory_and_comes_back():
     ring = PayloadRing(memoryview(bytearray(2 * MESSAGE)), MESSAGE)
     slots = []
