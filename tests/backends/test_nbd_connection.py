@@ -275,6 +275,7 @@ async def test_each_part_of_an_answer_is_heard(tmp_path: Path) -> None:
         listening.listen()
         parts = [b"\x67\x44\x66\x98", bytes(8) + b"\0\0\0\1", *4 * [bytes(1024)]]
         heard: list[float] = []
+        all_heard = trio.Event()
 
         async def serve() -> None:
             sock, _ = await listening.accept()
@@ -287,6 +288,7 @@ async def test_each_part_of_an_answer_is_heard(tmp_path: Path) -> None:
                     await sock.send(part)
                     await trio.testing.wait_all_tasks_blocked(0.01)
                     heard.append(backend.heard)
+                all_heard.set()
                 await trio.sleep_forever()
 
         backend = NbdBackend(f"nbd+unix:///?socket={tmp_path}/nbd.sock")
@@ -295,7 +297,7 @@ async def test_each_part_of_an_answer_is_heard(tmp_path: Path) -> None:
             nursery.start_soon(serve)
             async with connected(backend) as disk:
                 assert await disk.ok(read(0, 4096)) == bytes(4096)
-                await trio.testing.wait_all_tasks_blocked(0.01)
+                await all_heard.wait()
                 assert backend.heard == heard[-1]
             nursery.cancel_scope.cancel()
     assert len(heard) == len(set(heard)) == len(parts) and sorted(heard) == heard
