@@ -62,8 +62,8 @@ def release(name: str, fd: int) -> None:
 
 
 def _path(name: str) -> str:
-    place = next(place for place in _PLACES if os.access(place, os.W_OK | os.X_OK))
-    return os.path.join(place, name)
+    usable = (place for place in _PLACES if os.access(place, os.W_OK | os.X_OK))
+    return os.path.join(next(usable, _PLACES[-1]), name)  # the last one's open(2) says why not
 
 
 def _open(path: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,15 @@ def test_a_fifo_in_its_place_stops_nobody(place: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 @pytest.mark.parametrize("kind", ["file", "nbd"])
-def test_another_user_keeps_root_from_no_file(place: Path, kind: str) -> None:
+def test_another_user_keeps_root_from_no_file(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A file has locks of its own, for who may open it; an export has no other."""
-    place.chmod(0o1777)
-    for directory in place.parents[:2]:
-        directory.chmod(0o711)
+    with tempfile.TemporaryDirectory() as directory:  # pytest's is root's alone
+        monkeypatch.setattr(host_lock, "_PLACES", (directory,))
+        os.chmod(directory, 0o1777)
+        _lock_beside_another(Path(directory), kind)
+
+
+def _lock_beside_another(place: Path, kind: str) -> None:
     name = host_lock.name_of(kind, "/disk")
     command = [sys.executable, "-c", AS_ANOTHER, str(place), name]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as another:
@@ -78,3 +83,11 @@ def test_each_user_may_lock_what_another_has_left(place: Path) -> None:
         os.umask(before)
     assert os.fstat(fd).st_mode & 0o777 == 0o644
     host_lock.release("disk", fd)
+
+
+def test_where_there_is_no_place_it_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_lock, "_PLACES", (str(tmp_path / "none"), str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError):
+        host_lock.acquire("disk", shared=False)
