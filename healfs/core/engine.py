@@ -239,8 +239,8 @@ class Engine:
             # First: what waits for its range needs no room, and takes it from nobody.
             if len(self._unsettled) and self._unsettled.block(request):
                 self._wait(request)
-                timeout = self.policy.of(kind).retry_timeout or math.inf
-                self._wake_at(now if self._fence_at is not None else request.arrived + timeout)
+                end = self.policy.of(kind).ends(request.arrived)
+                self._wake_at(now if self._fence_at is not None else end)
                 return
             if request.record < 0 and (self._queues.no_room or not self.log.enter(request)):
                 request.phase = PARKED
@@ -617,19 +617,22 @@ class Engine:
         where the fence fails under any policy."""
         fails = self._fence_at is not None
         for request in [r for attempt in self._unsettled for r in attempt.waiters or ()]:
-            policy = self.policy.of(request.kind)
             if request.answered or self.state is not State.READY:
                 continue
-            if not fails and (policy.error is not Action.RETRY or not policy.retry_timeout):
-                continue  # the settle time comes; that is no error to be reported
-            action = policy.decide(request.kind, e.ETIMEDOUT, now - request.arrived)
-            if action is Action.RETRY:
-                continue
-            self._io_error(request.kind, e.ETIMEDOUT, action)
-            if action is Action.STOP:
-                self._stop_by_policy(e.ETIMEDOUT)
-            else:
-                self._act(request, action, e.ETIMEDOUT)
+            # Else the settle time comes; that is no error to be reported.
+            if fails or self.policy.of(request.kind).times_out:
+                self._judge_waiting(request, e.ETIMEDOUT, now, request.arrived)
+
+    def _judge_waiting(self, request: Request, errno: int, now: float, since: float) -> None:
+        """Decide on one that waits, with the connection up."""
+        action = self.policy.of(request.kind).decide(request.kind, errno, now - since)
+        if action is Action.RETRY or self.state is State.PAUSED:
+            return
+        self._io_error(request.kind, errno, action)
+        if action is Action.STOP:
+            self._stop_by_policy(errno)
+        else:
+            self._act(request, action, errno)
 
     def set_policy(self, policy: Policy) -> None:
         """A new policy, in force at once: it acts on what is parked, too."""
@@ -1384,17 +1387,9 @@ class Engine:
         for request in list(self._queues.no_room.values()):
             if self.state is not State.READY:
                 return
-            policy = self.policy.of(request.kind)
-            if not fails and (policy.error is not Action.RETRY or not policy.retry_timeout):
-                continue  # room comes with the next flush; that is no error to be reported
-            action = policy.decide(request.kind, errno, now - request.arrived)
-            if action is Action.RETRY:
-                continue
-            self._io_error(request.kind, errno, action)
-            if action is Action.STOP:
-                self._stop_by_policy(errno)
-            else:
-                self._act(request, action, errno)
+            # Else room comes with the next flush; that is no error to be reported.
+            if fails or self.policy.of(request.kind).times_out:
+                self._judge_waiting(request, errno, now, request.arrived)
 
     def _refused_fills_the_log(self) -> bool:
         """No flush makes room any more, nor does an answer: the backend has refused it all."""
@@ -1403,17 +1398,9 @@ class Engine:
         return all(request.kind is READ for request in self._queues.in_flight.values())
 
     def _judge_hanging(self, request: Request, now: float, since: float) -> None:
-        policy = self.policy.of(request.kind)
-        if policy.error is not Action.RETRY or not policy.retry_timeout:
-            return  # in an outage all are judged anyway; one slow request alone is waited for
-        action = policy.decide(request.kind, e.ETIMEDOUT, now - since)
-        if action is Action.RETRY or self.state is State.PAUSED:
-            return
-        self._io_error(request.kind, e.ETIMEDOUT, action)
-        if action is Action.STOP:
-            self._stop_by_policy(e.ETIMEDOUT)
-        else:
-            self._act(request, action, e.ETIMEDOUT)
+        # In an outage all are judged anyway; one slow request alone is waited for.
+        if self.policy.of(request.kind).times_out:
+            self._judge_waiting(request, e.ETIMEDOUT, now, since)
 
     def _set_alarm(self, now: float) -> None:
         times = []
@@ -1426,31 +1413,29 @@ class Engine:
         ):
             if when is not None:
                 times.append(when)
-        timeouts = [
-            policy.retry_timeout
-            for policy in (self.policy.read, self.policy.write)
-            if policy.error is Action.RETRY and policy.retry_timeout
-        ]
+        times_out = self.policy.read.times_out or self.policy.write.times_out
+        began = []  # what a policy's clock runs for, since
         if self._queues.no_room:
-            oldest = next(iter(self._queues.no_room.values()))
-            times += [oldest.arrived + t for t in timeouts if oldest.arrived + t > now]
+            began.append(next(iter(self._queues.no_room.values())).arrived)
             times.append(now + self._longest_pause())
-        for attempt in self._unsettled if timeouts else ():
-            for request in attempt.waiters or ():
-                times += [request.arrived + t for t in timeouts if request.arrived + t > now]
+        for attempt in self._unsettled if times_out else ():
+            began += [request.arrived for request in attempt.waiters or ()]
         if self._outage.since is not None:
-            times += [self._outage.since + t for t in timeouts if self._outage.since + t > now]
+            began.append(self._outage.since)
         if self.link_up and self.state is State.STALLED:
             if self._probe_at <= now:
                 self._probe_at = now + self._longest_pause()
             times.append(self._probe_at)
-        for _, began in self._behind_hanging(now) if timeouts else ():
-            times += [began + t for t in timeouts if began + t > now]
-        since = self._waited_since() if self.link_up else None
-        if since is not None:
-            times += [since + t for t in timeouts if since + t > now]
+        if times_out:
+            began += [since for _, since in self._behind_hanging(now)]
+        waited_since = self._waited_since() if self.link_up else None
+        if waited_since is not None:
+            began.append(waited_since)
             if self.state in (State.READY, State.REPLAYING):
-                times.append(max(self._last_answer, since) + self._silence)
+                times.append(max(self._last_answer, waited_since) + self._silence)
+        for since in began if times_out else ():
+            ends = self.policy.read.ends(since), self.policy.write.ends(since)
+            times += [end for end in ends if now < end < math.inf]
         if times:
             self._wake_at(min(times))
 

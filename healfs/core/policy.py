@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import errno as e
+import math
 from dataclasses import dataclass, field, replace
 
 from healfs.core.kind import Kind
@@ -43,6 +44,20 @@ class DirectionPolicy:
             raise PolicyError("retry-interval: must be from 1ms to 24h")
         if not 0 <= self.retry_timeout <= 10 * 365 * 86400:
             raise PolicyError("retry-timeout: must be 0 (for ever) or up to 10 years")
+
+    @property
+    def times_out(self) -> bool:
+        return self.error is Action.RETRY and self.retry_timeout > 0
+
+    def ends(self, since: float) -> float:
+        """The first time at which `decide` says no more RETRY to an error that began at `since`;
+        inf: it never does, or never did."""
+        if not self.times_out:
+            return math.inf
+        end = since + self.retry_timeout
+        while end - since < self.retry_timeout:  # rounded down: who looks then would look in vain
+            end = math.nextafter(end, math.inf)
+        return end
 
     def decide(self, kind: Kind, errno: int, age: float) -> Action:
         """RETRY, REPORT, IGNORE or STOP, for an error that began `age` seconds ago.

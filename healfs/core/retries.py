@@ -6,11 +6,10 @@ One rate limit holds for all together: a backend on which everything fails is no
 from __future__ import annotations
 
 import heapq
-import math
 import random
 from collections.abc import Iterator
 
-from healfs.core.policy import Action, DirectionPolicy
+from healfs.core.policy import DirectionPolicy
 from healfs.core.prober import FIRST_PAUSE
 from healfs.core.request import Request
 
@@ -36,13 +35,8 @@ class Retries:
         )
         pause *= self._rng.uniform(0.75, 1.0)
         when = self._last = max(now + pause, self._last + self._gap)
-        if policy.error is Action.RETRY and policy.retry_timeout:
-            # Not later than its time is up: then the policy is asked, and nothing is sent.
-            # As `decide` counts it: rounded down, it would be now again and again.
-            end = request.first_error + policy.retry_timeout
-            while end - request.first_error < policy.retry_timeout:
-                end = math.nextafter(end, math.inf)
-            when = max(now, min(when, end))
+        # Not later than its time is up: then the policy is asked, and nothing is sent.
+        when = max(now, min(when, policy.ends(request.first_error)))
         request.retry_at = when
         self._failing[request.order] = request
         heapq.heappush(self._heap, (when, request.order))

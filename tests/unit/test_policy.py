@@ -1,10 +1,13 @@
 """DirectionPolicy.decide, exhaustively, and what cannot be a policy."""
 
 import errno as e
+import math
 from dataclasses import FrozenInstanceError
 from itertools import product
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from healfs.core.policy import Action, DirectionPolicy, Policy, PolicyError
 from healfs.core.request import Kind
@@ -60,6 +63,21 @@ def test_retry_without_timeout_is_for_ever(then: Action) -> None:
     policy = DirectionPolicy(error=RETRY, retry_timeout=0, then=then)
     for kind, errno, age in CASES:
         assert policy.decide(kind, errno, age) is RETRY, (kind, errno, age)
+
+
+@given(since=st.floats(0, 1e9), timeout=st.floats(0.001, 1e8))
+def test_it_ends_when_decide_says_so(since: float, timeout: float) -> None:
+    """Not a moment before, were it by rounding: who looks then would look again and again."""
+    policy = DirectionPolicy(error=RETRY, retry_timeout=timeout)
+    end = policy.ends(since)
+    assert policy.decide(Kind.WRITE, e.EIO, end - since) is REPORT
+    before = math.nextafter(end, 0)
+    assert policy.decide(Kind.WRITE, e.EIO, before - since) is RETRY
+
+
+def test_what_is_not_retried_or_for_ever_does_not_end() -> None:
+    for policy in (DirectionPolicy(), DirectionPolicy(error=STOP, retry_timeout=5)):
+        assert policy.ends(1.0) == math.inf and not policy.times_out
 
 
 def test_the_default_waits_for_ever() -> None:
