@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 
@@ -15,7 +14,7 @@ from healfs.config import shell_word
 from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
-from healfs.fuse.mount import TYPE, is_ours, mountinfo
+from healfs.fuse.mount import TYPE, is_ours, mountinfo, unmount
 
 
 class RefusedError(CliError):
@@ -71,15 +70,11 @@ def detach(mountpoint: str, connection: int | None) -> None:
     """Unmount what a dead daemon left, and nothing else. Raises CliError."""
     if not is_ours(mountpoint, connection):
         return
-    command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-u", "-z"]
     try:
-        done = subprocess.run(
-            [*command, "--", mountpoint], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        raise CliError(f"{mountpoint}: cannot unmount: {exc}") from None
-    if done.returncode and is_ours(mountpoint, connection):
-        raise CliError(f"{mountpoint}: cannot unmount: {done.stderr}")
+        unmount(mountpoint, connection, lazy=True)
+    except OSError as exc:
+        if is_ours(mountpoint, connection):
+            raise CliError(str(exc)) from None
 
 
 def clear(mount: Mount) -> str:

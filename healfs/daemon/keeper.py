@@ -29,7 +29,6 @@ import math
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from typing import Any
@@ -496,16 +495,16 @@ class Keeper:
             with contextlib.suppress(OSError, mounts.MountsError):  # the mount is made
                 mounts.drop_histories()
             self.happened("HEALFS_MOUNTED", {"source": source})
-        except (OSError, subprocess.TimeoutExpired) as exc:
-            self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
+        except OSError as exc:
+            self._tell({"error": str(exc), "errno": exc.errno or 5})
         else:
             self._tell({"ok": True}, (self.fuse,))
 
     def _unmount(self, lazy: bool) -> None:
         try:
             mount.unmount(self.mountpoint, self.connection, lazy=lazy, moved=True)
-        except (OSError, subprocess.TimeoutExpired) as exc:
-            self._tell({"error": str(exc), "errno": getattr(exc, "errno", None) or 5})
+        except OSError as exc:
+            self._tell({"error": str(exc), "errno": exc.errno or 5})
         else:
             self.systemd.stopping()
             self._tell({"ok": True})
@@ -518,7 +517,7 @@ class Keeper:
             mount.abort(self.mountpoint, self.connection)
         try:
             mount.unmount(self.mountpoint, self.connection, lazy=True)
-        except (OSError, subprocess.TimeoutExpired) as exc:
+        except OSError as exc:
             self.say(str(exc))
         os.close(self.fuse)  # the last descriptor's end aborts the connection, too
         self.fuse = -1

@@ -262,7 +262,7 @@ class Worker:
             await self.parent.ask({"do": "serving", "version": __version__, "beats": True})
         if resuming is not None:
             log.info("version %s took over", __version__)
-            if self.parent.greeting.get("reported", True):
+            if self.parent.greeting["reported"]:
                 return
         file = os.path.join(self.config.mountpoint, self.config.name)
         geometry = self.geometry

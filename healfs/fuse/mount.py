@@ -63,11 +63,26 @@ def _mount_as_root(mountpoint: str, source: str, allow_other: bool, read_only: b
     return fuse
 
 
-def _fusermount() -> str:
+def _fusermount(
+    what: str, *arguments: str, environment: dict[str, str], pass_fds: tuple[int, ...] = ()
+) -> tuple[int, str]:
+    """Its exit status, and what it said on standard error, in one line. Raises MountError."""
     found = shutil.which("fusermount3")
     if not found:
         raise MountError(2, "fusermount3 is missing; install the package fuse3")
-    return found
+    try:
+        result = subprocess.run(
+            [found, *arguments],
+            env={**os.environ, **environment},
+            pass_fds=pass_fds,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=FUSERMOUNT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise MountError(110, f"{what}: fusermount3 hangs") from None
+    return result.returncode, " ".join(result.stderr.split())
 
 
 def _mount_as_user(mountpoint: str, source: str, allow_other: bool, read_only: bool) -> int:
@@ -77,17 +92,14 @@ def _mount_as_user(mountpoint: str, source: str, allow_other: bool, read_only: b
     options += ",ro" if read_only else ""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        result = subprocess.run(
-            [_fusermount(), "-o", options, "--", mountpoint],
-            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+        status, said = _fusermount(
+            f"cannot mount {mountpoint}",
+            *("-o", options, "--", mountpoint),
+            environment={"_FUSE_COMMFD": str(theirs.fileno())},
             pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=FUSERMOUNT_SECONDS,
         )
-        if result.returncode:
-            message = " ".join(result.stderr.split()) or f"fusermount3: status {result.returncode}"
+        if status:
+            message = said or f"fusermount3: status {status}"
             raise MountError(1, f"cannot mount {mountpoint}: {message}")
         fds = array.array("i")
         _, control, _, _ = ours.recvmsg(1, socket.CMSG_LEN(fds.itemsize))
@@ -125,22 +137,14 @@ def unmount(
             errno = ctypes.get_errno()
             raise MountError(errno, f"cannot unmount {mountpoint}: {os.strerror(errno)}")
         return
-    command = [_fusermount(), "-u", *(["-z"] if lazy else []), "--", mountpoint]
-    try:
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=FUSERMOUNT_SECONDS,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired:
-        raise MountError(110, f"cannot unmount {mountpoint}: fusermount3 hangs") from None
-    if result.returncode:
-        message = " ".join(result.stderr.split())
-        errno = 16 if "busy" in message else 1
-        raise MountError(errno, f"cannot unmount {mountpoint}: {message}")
+    status, said = _fusermount(
+        f"cannot unmount {mountpoint}",
+        *("-u", *(["-z"] if lazy else []), "--", mountpoint),
+        environment={"LC_ALL": "C"},
+    )
+    if status:
+        errno = 16 if "busy" in said else 1
+        raise MountError(errno, f"cannot unmount {mountpoint}: {said}")
 
 
 def abort(mountpoint: str, connection: int | None) -> None:
