@@ -75,7 +75,8 @@ _AS_GIVEN = (
     type=click.IntRange(0, 2**32 - 2),
     multiple=True,
     metavar="UID",
-    help="Let this user have status, policy and all other verbs, too. Repeatable.",
+    help="Let this user have status, policy and all other verbs, too. "
+    f"Repeatable, up to {MAXIMUM_UIDS} times.",
 )
 @click.option("--no-wait", is_flag=True, help="Mount while the backend is away. Needs --size.")
 @click.option("--size", type=SIZE, help="The disk's size, with --no-wait.")

@@ -26,7 +26,7 @@ log = logging.getLogger("healfs.worker")
 UNMOUNT_SECONDS = 5.0
 RANGES_A_LINE = 100
 FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
-REST_SECONDS = 1.0  # for what was written between the flush and the unmount
+LAST_FLUSH_SECONDS = 1.0  # for what was written between the flush and the unmount
 
 
 class Unmounting:
@@ -123,7 +123,7 @@ class Unmounting:
     async def _give_up_rest(self, given_up: dict[str, Any], *, flush: bool, in_use: bool) -> None:
         """Whoever opened the file after the flush may have had a write answered."""
         if flush:
-            await self.flush(REST_SECONDS)
+            await self.flush(LAST_FLUSH_SECONDS)
         if in_use:  # who has it open writes on: no more is answered than what is told
             self._worker.engine.hold()
             for kind, more in self._worker.engine.fail_all().items():

@@ -12,13 +12,20 @@ from pathlib import Path
 import click
 import pytest
 
-from healfs.backends import nbd, nbd_connect, nbd_tls, nbd_transmission
+from healfs.backends import nbd, nbd_connect, nbd_peer, nbd_tcp, nbd_tls, nbd_transmission
 from healfs.backends.file import FileBackend
 from healfs.backends.nbd import NbdBackend
 from healfs.cli import exit_status
 from healfs.cli.log_options import MAXIMUM_ENTRIES
 from healfs.cli.main import VERBS, main
-from healfs.config import MountConfig, format_duration, format_size
+from healfs.config import (
+    MAXIMUM_CONFIGURATION,
+    MAXIMUM_UIDS,
+    MountConfig,
+    format_duration,
+    format_size,
+)
+from healfs.control.server import FAIR_SHARE
 from healfs.control.server import Limits as ControlLimits
 from healfs.core.engine import ASKED, Engine, Limits
 from healfs.core.policy import Policy
@@ -26,7 +33,16 @@ from healfs.core.ring import PAGE as PAGE_SIZE
 from healfs.core.ring import STEP
 from healfs.core.states import State
 from healfs.core.writelog import RESERVED
-from healfs.daemon import beats, fencing, heartbeat, keeper, takeover, turns, upgrading
+from healfs.daemon import (
+    beats,
+    fencing,
+    heartbeat,
+    keeper,
+    takeover,
+    turns,
+    unmounting,
+    upgrading,
+)
 from healfs.fuse.wire import MAX_WRITE
 from tests.docs import states
 
@@ -205,6 +221,17 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
     assert NbdBackend.settle == 5 and FileBackend.settle == 0
     assert f"It may take {fencing.FENCE_SECONDS:g} seconds" in SEMANTICS.read_text()
     assert heartbeat.SILENT_SECONDS == 30 and "After thirty seconds without that" in text
+    assert f"*--allow-uid* {MAXIMUM_UIDS} times" in text
+    assert f"together {MAXIMUM_CONFIGURATION >> 10} KiB" in text
+    assert f"up to {MAXIMUM_UIDS} times" in documented("mount")["--allow-uid"]
+    assert nbd_connect.CONNECT_SECONDS == nbd_connect.HANDSHAKE_SECONDS == 10
+    assert f"twice as long, up to {nbd_connect.HANDSHAKE_MAX:g}" in text
+    assert f"not answered for {nbd_tcp.STAGGER:g} seconds" in text
+    assert [s * 1000 for s in nbd_connect.BACKLOG_PAUSE] == [5, 250] and "after 5 to 250" in text
+    assert nbd_peer.GONE_SECONDS == 9 and "nine in which its kernel" in text
+    assert FAIR_SHARE == 4 and "process that has more than four" in SEMANTICS.read_text()
+    assert unmounting.LAST_FLUSH_SECONDS == 1
+    assert "flushed for one more second" in " ".join(section_of("umount").split())
     assert beats.REST_SECONDS == 60 and "idle for a minute" in text
     assert STEP == 2 << 20 and "by 2 MiB at a time" in text
     assert turns.MISSES == 3 and f"for {turns.SPIN * 1e6:g} microseconds" in text
@@ -218,6 +245,7 @@ def test_the_limits_of_an_upgrade_are_those_of_the_code() -> None:
     assert takeover.DRAIN_SECONDS == 2 and "at most two seconds for what is in flight" in text
     assert upgrading.HAND_OVER_SECONDS == 5 and "not ended after five seconds" in text
     assert upgrading.UPGRADE_SECONDS == 10 and "not reported within ten seconds" in text
+    assert upgrading.PROOF_SECONDS == 1 and "dies within a second after it" in text
     assert (keeper.FIRST_PAUSE, keeper.LONGEST_PAUSE) == (0.1, 10)
     assert "a pause, from 100 ms to ten seconds" in section("STATUS", page_of("status"))
     assert 2 * keeper.LOOK_SECONDS == 10 and "ten seconds or less" in SEMANTICS.read_text()
