@@ -21,6 +21,7 @@ cdef class _Session:
     cdef public long long fd
     cdef public long long flush_fd
     cdef public list fds
+    cdef bint _device
     cdef long long _alignment
     cdef public Pool _pool
     cdef object _deferred

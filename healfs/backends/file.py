@@ -94,6 +94,7 @@ class _Session:
         self.fd = opened.fd
         self.flush_fd = opened.flush_fd
         self.fds = opened.fds
+        self._device = opened.direct
         self._alignment = opened.geometry.minimum_block if opened.direct else 1
         self._pool = Pool(BUFFER_LIMIT)
         self._deferred: deque[tuple[Request, Done]] = deque()  # for want of a buffer
@@ -191,7 +192,9 @@ class _Session:
         buffer = transfer.buffer
         result = transfer.result
         error = 0
-        if result < 0:
+        if self._device and self._is_cut(transfer):
+            error = errno.ENODEV
+        elif result < 0:
             error = -result
             if error == errno.EOPNOTSUPP and transfer.modes:
                 self._allocate(transfer)
@@ -215,6 +218,15 @@ class _Session:
                 if not self._deferred:
                     break  # io_uring takes no more: the connection was given up
                 self.submit(*self._deferred.popleft())
+
+    def _is_cut(self, transfer: _Transfer) -> bool:
+        """Of a device, and one that is gone has no size. Behind the end Linux answers a write with
+        ENOSPC, zeroes and discards with EINVAL, and of those that reach over it does a part."""
+        if transfer.result not in (-errno.ENOSPC, -errno.EINVAL) and (
+            transfer.opcode != IORING_OP_FALLOCATE or transfer.result < 0
+        ):
+            return False
+        return opening.device_size(self.fd) < transfer.offset + transfer.length
 
     def _report_short(self, transfer: _Transfer) -> None:
         if not self._reported_short:

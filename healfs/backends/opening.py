@@ -74,6 +74,12 @@ def close_all(fds: Iterable[int]) -> None:
             pass  # a write error of the page cache: the engine has its own flush
 
 
+def device_size(fd: int) -> int:
+    """What the kernel believes now; it does not ask the device."""
+    (size,) = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
+    return int(size)
+
+
 class Creation:
     """--create: a file of `size` bytes. What one attempt has made is the next one's to use."""
 
@@ -272,7 +278,7 @@ class Attempt:
         fd = fds[0]
         status = os.fstat(fd)
         if block:
-            (size,) = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))
+            size = device_size(fd)
             (sector,) = struct.unpack("I", fcntl.ioctl(fd, BLKSSZGET, bytes(4)))
             identity = _device_identity(status.st_rdev)
             can_discard = _queue(status.st_rdev, "write_zeroes_max_bytes") not in ("", "0")

@@ -18,10 +18,11 @@ import pytest
 import trio
 
 from healfs.backends import file as file_module
-from healfs.backends import looks, opening
+from healfs.backends import looks, opening, threads
 from healfs.backends.base import SourceError
 from healfs.backends.buffers import Pool
 from healfs.backends.file import FileBackend
+from healfs.core.errors import ErrorClass, classify
 from healfs.core.request import Kind, Request
 from tests.backends.conftest import (
     DEADLINE,
@@ -173,6 +174,34 @@ async def test_a_block_device_is_exclusive_and_described(loop_device: str) -> No
 async def test_a_device_without_a_volatile_cache_says_so(write_through: str) -> None:
     async with connected(FileBackend(write_through)) as client:
         assert client.geometry.can_flush and not client.geometry.volatile_cache
+
+
+@both_queues
+@pytest.mark.parametrize("left", [0, 8192], ids=["gone", "cut"])
+@pytest.mark.parametrize("kind", [Kind.WRITE, Kind.WRITE_ZEROES, Kind.DISCARD, Kind.READ])
+async def test_a_device_that_is_gone_or_cut_is_away(
+    loop_device: str, image: Path, kind: Kind, left: int, use_uring: bool
+) -> None:
+    """One that is gone has no size: Linux calls a write ENOSPC then, and zeroes EINVAL."""
+    async with connected(FileBackend(loop_device, use_uring=use_uring)) as client:
+        os.truncate(image, left)
+        subprocess.run(["losetup", "--set-capacity", loop_device], check=True, timeout=DEADLINE)
+        data = bytes(16384) if kind is Kind.WRITE else None
+        error, _ = await client.do(make_request(kind, 4096, 16384, data=data))
+        if kind is Kind.READ:
+            assert error == errno.EIO
+            assert await client.backend.probe() == f"it was cut to {left} bytes"
+        else:
+            assert classify(error) is ErrorClass.LOST
+
+
+async def test_what_a_device_has_no_room_for_is_no_outage(
+    loop_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "perform", lambda operation: -errno.ENOSPC)
+    async with connected(FileBackend(loop_device, use_uring=False)) as client:
+        request = make_request(Kind.WRITE, 4096, data=bytes(4096))
+        assert await client.do(request) == (errno.ENOSPC, None)
 
 
 async def test_a_full_file_system_is_enospc(tmp_path: Path) -> None:
