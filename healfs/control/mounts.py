@@ -256,7 +256,10 @@ class Claim:
             started=(started(keeper), started(worker)),
         )
         temporary = self.directory / "mount.json.new"
-        temporary.write_text(json.dumps(_as_record(mount)))
+        try:
+            temporary.write_text(json.dumps(_as_record(mount)))
+        except OSError as exc:  # a full file system's has no name
+            raise OSError(exc.errno, exc.strerror, str(temporary)) from None
         if self._shared:
             temporary.chmod(0o644)
         temporary.replace(self.directory / "mount.json")

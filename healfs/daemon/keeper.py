@@ -50,6 +50,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # before a worker that died at once is s
 UNANSWERED, SOON = "before anything was answered", "soon after its start"
 INTERRUPTED = 130  # exit status: ended before there was a mount
 LOOK_SECONDS = 5.0  # between two looks at the worker: was it killed, and cannot end?
+ASKS = ("lock", "mount", "umount", "serving")  # a worker's messages that get a reply
 
 
 class Keeper:
@@ -78,6 +79,7 @@ class Keeper:
         self.may_ask = False  # it knows what a message that asks for a beat is
         self.leaving: float | None = None  # since when the worker is seen to be killed
         self.look_at = 0.0
+        self.record_at = math.inf  # again: the run-time files have no room, say
         self.log = "stderr"
         self.kill_at: float | None = None
         self.killed = False
@@ -186,9 +188,11 @@ class Keeper:
         """Until there is something to do."""
         poll = select.poll()
         fds = [self.wake, self.door.fileno(), *self.upgrading.descriptors()]
-        times = [self.upgrading.deadline, time.monotonic() + self.heartbeat.patience]
+        patience = time.monotonic() + self.heartbeat.patience
+        times = [self.upgrading.deadline, self.record_at, patience]
         # What comes to a disk that is idle: the worker has to see to it, and to beat.
-        comes = [self.fuse, self.listener.fileno()] if self.heartbeat.is_idle else []
+        idle = self.heartbeat.is_idle and self.fuse >= 0  # its mount may be taken away already
+        comes = [self.fuse, self.listener.fileno()] if idle else []
         if self.worker is None:
             times.append(self.start_at)
         else:
@@ -213,6 +217,8 @@ class Keeper:
         if readable(self.door.fileno()):
             self.upgrading.asked()
         self.upgrading.turn(now)
+        if now >= self.record_at:
+            self._record()
         if self.worker is None:
             if self.kill_at is not None and now >= self.kill_at:
                 self._say_loss()
@@ -224,10 +230,7 @@ class Keeper:
             return None
         ended = self.worker.has_ended()  # asked first: nothing is said after that
         for message in self.worker.messages():
-            try:
-                self._heard(message)
-            except Exception as exc:  # nothing that it says ends the mount
-                self.say(f"not understood: {message['do']}: {exc!r}")
+            self._obey(message)
         if ended:
             return self._worker_ended(now)
         if now >= self.look_at:
@@ -308,6 +311,16 @@ class Keeper:
             self.start_at = now
             if self.worker is not None:
                 self.worker.tell({"event": "terminate"})
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        """Nothing that it says ends the mount, or leaves it waiting."""
+        try:
+            self._heard(message)
+        except Exception as exc:
+            text = f"not understood: {message['do']}: {exc!r}"
+            self.say(text)
+            if message["do"] in ASKS:
+                self._tell({"error": text, "errno": errno.EIO})
 
     def _heard(self, message: dict[str, Any]) -> None:
         match message["do"]:
@@ -449,23 +462,31 @@ class Keeper:
         self._record()
 
     def _record(self) -> None:
+        """Now, or as soon as it can be written."""
+        try:
+            self._write_record()
+        except OSError as exc:
+            if self.record_at == math.inf:
+                self.say(f"{exc.filename}: {exc.strerror}; tried again every {LOOK_SECONDS:g} s")
+            self.record_at = time.monotonic() + LOOK_SECONDS
+        else:
+            self.record_at = math.inf
+
+    def _write_record(self) -> None:
         source = str(self.config["source"])
         waits = "" if self.fuse >= 0 else f"not mounted yet, it waits for {source}"
-        try:
-            self.claim.record(
-                mountpoint=self.mountpoint,
-                file=os.path.join(self.mountpoint, str(self.config["name"])),
-                source=source,
-                keeper=os.getpid(),
-                worker=0 if self.worker is None else self.worker.pid,
-                log=self.log,
-                version=self.version,
-                problem=self.problem or waits,
-                mounted=not waits,
-                connection=self.connection,
-            )
-        except OSError as exc:
-            self.say(f"{exc.filename}: {exc.strerror}")
+        self.claim.record(
+            mountpoint=self.mountpoint,
+            file=os.path.join(self.mountpoint, str(self.config["name"])),
+            source=source,
+            keeper=os.getpid(),
+            worker=0 if self.worker is None else self.worker.pid,
+            log=self.log,
+            version=self.version,
+            problem=self.problem or waits,
+            mounted=not waits,
+            connection=self.connection,
+        )
 
     # --- the mount --------------------------------------------------------------------------
 
@@ -484,6 +505,7 @@ class Keeper:
     def _mount(self) -> None:
         source = str(self.config["source"])
         try:
+            self._write_record()  # nobody could find and end a mount that has none
             self.fuse = mount.mount(
                 self.mountpoint,
                 source,
@@ -496,7 +518,8 @@ class Keeper:
                 mounts.drop_histories()
             self.happened("HEALFS_MOUNTED", {"source": source})
         except OSError as exc:
-            self._tell({"error": str(exc), "errno": exc.errno or 5})
+            text = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
+            self._tell({"error": text, "errno": exc.errno or 5})
         else:
             self._tell({"ok": True}, (self.fuse,))
 
@@ -550,8 +573,18 @@ def _kernel_manners() -> None:
         file.write(str(OOM_SCORE))
 
 
+def _be_anywhere() -> None:
+    """In the background the working directory is another one: for us, and for the workers."""
+    if directory := os.environ.get("HEALFS_RUNTIME_DIR"):
+        os.environ["HEALFS_RUNTIME_DIR"] = os.path.abspath(directory)
+    if path := os.environ.get("PYTHONPATH"):
+        places = (os.path.abspath(place) for place in path.split(os.pathsep) if place)
+        os.environ["PYTHONPATH"] = os.pathsep.join(places)
+
+
 def main() -> int:
     lines.use()
+    _be_anywhere()
     ready = int(sys.argv[1])
     if ready >= 0:
         os.set_inheritable(ready, False)

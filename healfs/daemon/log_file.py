@@ -14,7 +14,9 @@ def set_up(where: str) -> None:
     if where in ("stderr", "journal"):
         handler = logging.StreamHandler()
     else:
-        handler = RotatingFileHandler(where, maxBytes=LOG_BYTES, backupCount=1, delay=True)
+        handler = RotatingFileHandler(
+            where, maxBytes=LOG_BYTES, backupCount=1, delay=True, errors="backslashreplace"
+        )
     # The journal has its own clock.
     stamp = "" if where == "journal" else "%(asctime)s "
     handler.setFormatter(logging.Formatter(stamp + "%(levelname)s %(name)s: %(message)s"))

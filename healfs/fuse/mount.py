@@ -78,6 +78,7 @@ def _fusermount(
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            errors="surrogateescape",  # it names the mountpoint
             timeout=FUSERMOUNT_SECONDS,
         )
     except subprocess.TimeoutExpired:

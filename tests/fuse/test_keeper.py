@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends.nbd_servers import wait_until
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent
 from tests.fuse.commands import Commands
@@ -128,3 +129,55 @@ def test_the_keeper_touches_no_backend_no_mount_and_no_log(
     # They would be seen: the worker has all of it.
     assert named(pids["worker"], *touched)
     assert len(named(pids["worker"], log)) > 1
+
+
+# --- its run-time files -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(commands: Commands) -> Iterator[Path]:
+    """What fills the file system of the runtime directory, until it is removed."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "x", commands.runtime]).returncode:
+        pytest.skip("no tmpfs")
+    try:
+        commands.runtime.chmod(0o700)
+        fill = commands.runtime / "log" / "fill"
+        fill.parent.mkdir()
+        yield fill
+    finally:
+        commands.run("umount", "--force", commands.mountpoint)
+        subprocess.run(["umount", "-l", commands.runtime], check=True)
+
+
+def _fill(file: Path) -> None:
+    with contextlib.suppress(OSError), open(file, "ab", buffering=0) as full:
+        while True:
+            full.write(bytes(4096))
+
+
+def test_a_full_run_time_directory(commands: Commands, image: Path, small: Path) -> None:
+    """A mount that nobody could find is not made, and what changed is written as soon as it can."""
+    _fill(small)
+    done = commands.mount(image)
+    assert done.returncode == 1 and not commands.is_mounted
+    assert "mount.json.new: No space left on device" in done.stderr
+    small.unlink()
+    assert commands.mount(image).returncode == 0
+    _fill(small)
+    commands.kill_worker()
+    (record,) = commands.runtime.glob("*/mount.json")
+    worker = _status(commands)["pids"]["worker"]
+    assert json.loads(record.read_text())["pids"]["worker"] != worker
+    small.unlink()
+    wait_until(
+        lambda: json.loads(record.read_text())["pids"]["worker"] == worker, "the record", GENEROUS
+    )
+
+
+def test_a_runtime_directory_that_is_relative(commands: Commands, image: Path) -> None:
+    prefix = ("env", "-C", str(commands.directory), "HEALFS_RUNTIME_DIR=run")
+    assert commands.mount(image, prefix=prefix).returncode == 0
+    done = commands.run("events", "--json", commands.mountpoint)
+    assert "HEALFS_MOUNTED" in done.stdout
+    done = commands.run("umount", "mnt", prefix=prefix)
+    assert done.returncode == 0, done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,39 @@ def test_of_a_mounts_end_the_first_word_counts(kept: Keeper) -> None:
     kept._heard({"do": "unmounted", "data": {"uid": 7, "outage_seconds": 1.5}})
     kept._heard({"do": "unmounted", "data": {"outage_seconds": 2.5}})
     assert kept.unmounted == {"uid": 7, "outage_seconds": 1.5}
+
+
+def test_what_is_not_understood_is_answered(
+    kept: Keeper, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The worker waits for the answer, and shields that."""
+    heard: list[dict[str, Any]] = []
+    kept.worker = Ended(0)  # type: ignore[assignment]
+    kept.worker.tell = lambda message, fds=(): heard.append(message)  # type: ignore[union-attr, method-assign]
+    kept._unmount = lambda lazy: int("no number")  # type: ignore[method-assign, assignment, return-value]
+    kept._obey({"do": "umount", "lazy": False})
+    kept._obey({"do": "init"})  # nobody waits
+    assert [list(message) for message in heard] == [["error", "errno"]]
+    assert "not understood: umount: ValueError" in heard[0]["error"]
+    assert capsys.readouterr().err.count("not understood") == 2
+
+
+def test_what_was_idle_may_be_taken_away(kept: Keeper) -> None:
+    """By force: its worker has not stirred."""
+    kept.heartbeat.beat(0.0, idle=True)
+    kept.fuse, kept.record_at = -1, 0.0
+    reader, writer = os.pipe()
+    with socket.socket() as door, open(reader), open(writer, "w"):
+        kept.wake, kept.door, kept.listener = reader, door, door
+        kept._wait()
+
+
+def test_a_relative_environment_is_what_it_was_when_the_daemon_has_gone_to_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEALFS_RUNTIME_DIR", "run")
+    monkeypatch.setenv("PYTHONPATH", "src::/opt")
+    keeper._be_anywhere()
+    assert os.environ["HEALFS_RUNTIME_DIR"] == str(tmp_path / "run")
+    assert os.environ["PYTHONPATH"] == f"{tmp_path}/src:/opt"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from healfs.daemon import log_file
 from healfs.daemon.lines import Lines
 
 Ends = tuple[int, int]  # to read, to write; both wait
@@ -85,3 +88,20 @@ def test_nobody_ever_reads() -> None:
         print("lost", file=Lines(writer))
     finally:
         os.close(writer)
+
+
+def test_a_name_that_is_no_text_is_a_line_of_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    root.handlers[:] = []
+    try:
+        log_file.set_up(str(tmp_path / "log"))
+        root.info("mounted on %s", "/mnt/b\udcffd")
+        root.handlers[0].close()
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    assert "mounted on /mnt/b\\udcffd\n" in (tmp_path / "log").read_text()
+    assert capsys.readouterr().err == ""

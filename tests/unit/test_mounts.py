@@ -85,3 +85,13 @@ def test_a_long_name_makes_no_file_name_too_long(
         path.with_suffix(".log.1").touch()
         assert name[-1] in path.name
     assert "\udc9f" not in mounts.log_path(f"/mnt/{name}").name
+
+
+def test_fusermount3_names_mountpoints_that_are_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fusermount = tmp_path / "fusermount3"
+    fusermount.write_bytes(b"#!/bin/sh\necho '/mnt/b\xffd: busy' >&2\nexit 1\n")
+    fusermount.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert mount._fusermount("x", environment={}) == (1, "/mnt/b\udcffd: busy")
