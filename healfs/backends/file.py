@@ -39,6 +39,7 @@ from healfs.backends.uring import (
     Queue,
     Ring,
 )
+from healfs.core.errors import REFUSED
 from healfs.core.request import Done, Kind, Request
 
 ENTRIES = 128  # operations that the kernel has at a time; the rest waits here
@@ -55,6 +56,9 @@ ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
 
 # An enum's member is looked up through its metaclass, and these are wanted for each request.
 READ, WRITE, FLUSH = Kind.READ, Kind.WRITE, Kind.FLUSH
+
+# Every storage can do these, whatever it says: else the guest would be told that it was wrong.
+_ALWAYS_POSSIBLE = frozenset((IORING_OP_READ, IORING_OP_WRITE, IORING_OP_FSYNC))
 
 _log = logging.getLogger(__name__)
 
@@ -199,6 +203,8 @@ class _Session:
             if error == errno.EOPNOTSUPP and transfer.modes:
                 self._allocate(transfer)
                 return
+            if error in REFUSED and transfer.opcode in _ALWAYS_POSSIBLE:
+                error = errno.EIO
         elif transfer.opcode == IORING_OP_FALLOCATE:
             if request.fua:
                 self._flush(self.fd, request, transfer.done)

@@ -168,6 +168,8 @@ class Link:
             try:
                 count = self.sock.sendmsg(out if len(out) <= IOV_MAX else out[:IOV_MAX])
             except BlockingIOError:
+                if self.tls is not None:
+                    protocol.handed = self.tls.handed
                 self.blocked = True
                 self.writable_wanted.set()
                 return

@@ -28,6 +28,7 @@ cdef class Transmission:
     cdef public dict pending
     cdef public long long queued
     cdef public long long sent
+    cdef public long long handed
     cdef public long long missing
     cdef public bint closed
     cdef bint _structured

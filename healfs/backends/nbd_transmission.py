@@ -150,6 +150,7 @@ class Transmission:
         self.pending: dict[int, Command] = {}
         self.queued = 0  # bytes of the stream that were ever in `out`
         self.sent = 0  # bytes of it that the socket took
+        self.handed = 0  # bytes behind these of which it may have taken any part
         self.missing = 0  # after `receive`: bytes to the end of the reply that is not whole, or 0
         self.closed = False  # set by whoever closes, also from inside `complete`
         self._structured = structured
@@ -175,6 +176,7 @@ class Transmission:
     def taken(self, count: int) -> None:
         """The socket took `count` bytes of `out`."""
         self.sent += count
+        self.handed = 0
         out = self.out
         if self.sent == self.queued:
             out.clear()
@@ -200,6 +202,9 @@ class Transmission:
             command = pending.get(cookie)
             if command is None:
                 raise ProtocolError(f"a reply to nothing asked (magic {magic:#x})")
+            if command.end > self.sent + self.handed:
+                # Answered, the payload is not ours any more, and its rest is still to be sent.
+                raise ProtocolError("a reply to what was not sent yet")
             if magic == SIMPLE_REPLY:
                 after = self._simple(command, cookie, word, view, pos, end)
                 if after == pos:

@@ -204,6 +204,22 @@ async def test_what_a_device_has_no_room_for_is_no_outage(
         assert await client.do(request) == (errno.ENOSPC, None)
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+async def test_no_storage_calls_a_read_a_write_or_a_flush_wrong(
+    image: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A device with larger sectors than it had does so, and a file system of FUSE may."""
+    monkeypatch.setattr(threads, "perform", lambda operation: -number)
+    async with connected(FileBackend(str(image), use_uring=False)) as client:
+        for request in (
+            make_request(Kind.READ, 0, 512),
+            make_request(Kind.WRITE, 0, data=bytes(512)),
+            make_request(Kind.FLUSH),
+        ):
+            assert await client.do(request) == (errno.EIO, None)
+        assert await client.do(make_request(Kind.DISCARD, 0, 512)) == (number, None)
+
+
 async def test_a_full_file_system_is_enospc(tmp_path: Path) -> None:
     mountpoint = tmp_path / "small"
     mountpoint.mkdir()

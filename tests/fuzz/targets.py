@@ -91,6 +91,7 @@ def transmission(data: bytes) -> None:
     for number, (kind, flags) in enumerate(asked):
         payload = bytes(LENGTH) if kind == wire.CMD_WRITE else None
         session.queue(Command(kind, flags, AT, LENGTH, number, complete), payload)
+    session.taken(session.queued)
     stream, pos = memoryview(_framed(data[1:])), 0
     try:
         for end in (*range(PIECE, len(stream), PIECE), len(stream)):
