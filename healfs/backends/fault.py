@@ -135,7 +135,8 @@ class FaultBackend(Backend):
         self.settle = inner.settle
         self.ambiguous = inner.ambiguous
         self._path = rules_path
-        self._rules: Rules | None = None
+        self._rules = Rules(down=True)  # until there are any
+        self._wrong = "not read yet"  # why there are none
         self._signature: tuple[int, int, int] | None = None
         self._batch: list[tuple[Request, Done]] = []
         self._answers: list[Answer] = []  # held by `hang`, or made here
@@ -151,22 +152,20 @@ class FaultBackend(Backend):
     async def connect(self) -> Geometry:
         self.close()
         self._look()
+        if self._wrong:
+            raise SourceError(self._wrong)
         deadline = trio.current_time() + CONNECT_TIMEOUT
-        while self._now().hang:
+        while self._rules.hang:
             if trio.current_time() >= deadline:
                 raise OSError(errno.ETIMEDOUT, f"{self._path}: hang = true")
             await trio.sleep(LOOK_INTERVAL)
             self._look()
-        if self._now().down:
+        if self._rules.down:
             raise OSError(errno.ECONNREFUSED, f"{self._path}: down = true")
         return await self._inner.connect()
 
-    def _now(self) -> Rules:
-        assert self._rules is not None
-        return self._rules
-
     def _look(self) -> None:
-        """Read the rules again if the file changed. SourceError only when there are none yet."""
+        """Read the rules again if the file changed."""
         try:
             status = os.stat(self._path)
             signature = status.st_mtime_ns, status.st_ino, status.st_size
@@ -175,12 +174,13 @@ class FaultBackend(Backend):
             self._signature = signature
             with open(self._path, encoding="utf-8") as file:
                 self._rules = parse(file.read())
+            self._wrong = ""
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
             text = f"{self._path}: bad fault rules: {why}; correct the file, or leave out --fault"
-            if self._rules is None:
-                self._signature = None
-                raise SourceError(text) from None
+            if self._wrong:
+                self._wrong, self._signature = text, None
+                return
             if self._signature is not None or not isinstance(error, OSError):
                 _log.warning("%s; the old rules stay", text)
             if isinstance(error, OSError):
@@ -200,7 +200,7 @@ class FaultBackend(Backend):
                 nursery.start_soon(inner)
                 while session == self._session:
                     self._look()
-                    if self._now().down:
+                    if self._rules.down:
                         result = OSError(errno.ECONNRESET, f"{self._path}: down = true")
                         nursery.cancel_scope.cancel()
                         break
@@ -214,7 +214,7 @@ class FaultBackend(Backend):
         return result
 
     def _pause(self) -> float:
-        if not self._delayed or self._now().hang:
+        if not self._delayed or self._rules.hang:
             return LOOK_INTERVAL
         return min(LOOK_INTERVAL, max(0.0, self._delayed[0][0] - time.monotonic()))
 
@@ -224,7 +224,7 @@ class FaultBackend(Backend):
 
     def commit(self) -> None:
         self._look()
-        rules = self._now()
+        rules = self._rules
         if rules.down or rules.hang:
             return  # serve() ends the session, or commits when the hang is over
         batch, self._batch = self._batch, []
@@ -265,7 +265,7 @@ class FaultBackend(Backend):
         def answered(request: Request, error: int, data: Data) -> None:
             if session != self._session:
                 return
-            if self._now().hang:
+            if self._rules.hang:
                 kept = None if data is None else bytes(data)
                 self._answers.append((request, done, error, kept))
             else:
@@ -291,13 +291,13 @@ class FaultBackend(Backend):
 
     @property
     def heard(self) -> float:
-        return 0.0 if self._now().hang else self._inner.heard
+        return 0.0 if self._rules.hang else self._inner.heard
 
     def taken(self, request: Request) -> bool:
         return self._inner.taken(request)
 
     async def probe(self) -> str:
-        return "down = true" if self._now().down else await self._inner.probe()
+        return "down = true" if self._rules.down else await self._inner.probe()
 
     async def wait_changed(self) -> None:
         """The rules changed, or what the inner one waits for."""
@@ -315,6 +315,6 @@ class FaultBackend(Backend):
             nursery.cancel_scope.cancel()
 
     async def extents(self, offset: int, length: int) -> list[Extent] | None:
-        if self._now().hang:
+        if self._rules.hang:
             return None
         return await self._inner.extents(offset, length)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from healfs.backends import fault
 from healfs.backends.base import SourceError
@@ -168,3 +169,20 @@ async def test_missing_rules_are_named(image: Path, tmp_path: Path) -> None:
     backend = FaultBackend(FileBackend(str(image)), str(tmp_path / "none.toml"))
     with pytest.raises(SourceError):
         await backend.connect()
+
+
+async def test_without_rules_it_is_away_until_there_are_some(
+    faulty: FaultBackend, rules: Rules
+) -> None:
+    """The worker's successor begins so where the file was spoilt while the old rules held."""
+    rules("nonsense =")
+    faulty.resumed()
+    faulty.commit()
+    with pytest.raises(SourceError, match="bad fault rules"):
+        await faulty.connect()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(faulty.wait_changed)
+        await trio.testing.wait_all_tasks_blocked()
+        rules("")
+    async with connected(faulty) as client:
+        assert await client.read(0, 1) == b"\0"
