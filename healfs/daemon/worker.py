@@ -43,6 +43,7 @@ from healfs.daemon.report import INTERRUPTED, Report
 from healfs.daemon.telling import Telling
 from healfs.daemon.turns import Turns
 from healfs.daemon.unmounting import UNMOUNT_SECONDS, Unmounting
+from healfs.fuse import mount
 from healfs.fuse.callers import Callers
 from healfs.fuse.channel import Channel
 from healfs.fuse.namespace import Namespace
@@ -159,10 +160,21 @@ class Worker:
         with trio.move_on_after(UNMOUNT_SECONDS):
             await self.backend.aclose()
         if self.parent.gone.is_set():
+            if not hasattr(self, "channel"):
+                self._unmount_orphan()
             mounts.clear_dead(self.parent.greeting["directory"])
             if self.lock >= 0:
                 host_lock.release(sources.lock_name(self.config.source), self.lock)
         return self._early_end if status is None else status
+
+    def _unmount_orphan(self) -> None:
+        """What the keeper has mounted, if it died before it could tell."""
+        mountpoint = self.config.mountpoint
+        try:
+            if (connection := mount.orphan(mountpoint)) is not None:
+                mount.unmount(mountpoint, connection, lazy=True)
+        except OSError as exc:
+            log.error("%s", exc)
 
     async def _end_early(self, scope: trio.CancelScope, why: Callable[[], Awaitable[None]]) -> None:
         """Before the mount, it just ends the process."""

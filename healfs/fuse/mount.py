@@ -1,6 +1,6 @@
 """Mount, unmount and abort. Standard library only: the keeper uses it.
 
-None of this touches the mounted file system itself.
+None of this touches the mounted file system itself, but for orphan().
 """
 
 from __future__ import annotations
@@ -8,18 +8,21 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 MS_NOSUID, MS_NODEV, MS_RDONLY = 2, 4, 1
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 TYPE = "fuse.healfs"  # as mountinfo has it
 FUSERMOUNT_SECONDS = 10  # a fusermount3 that takes longer is stuck
+ORPHAN_SECONDS = 1.0  # for the kernel's answer in the place of a daemon that is gone
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -27,8 +30,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class MountError(OSError):
     """`str(error)` is the one line for the operator."""
 
-    def __init__(self, errno: int, message: str) -> None:
-        super().__init__(errno, message)
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(number, message)
         self.message = message
 
     def __str__(self) -> str:
@@ -57,9 +60,9 @@ def _mount_as_root(mountpoint: str, source: str, allow_other: bool, read_only: b
     name = source.encode(errors="surrogateescape")
     path = os.fsencode(mountpoint)
     if _libc.mount(name, path, TYPE.encode(), flags, options.encode()):
-        errno = ctypes.get_errno()
+        number = ctypes.get_errno()
         os.close(fuse)
-        raise MountError(errno, f"cannot mount {mountpoint}: {os.strerror(errno)}")
+        raise MountError(number, f"cannot mount {mountpoint}: {os.strerror(number)}")
     return fuse
 
 
@@ -135,8 +138,8 @@ def unmount(
     if os.geteuid() == 0:
         flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
         if _libc.umount2(os.fsencode(mountpoint), flags):
-            errno = ctypes.get_errno()
-            raise MountError(errno, f"cannot unmount {mountpoint}: {os.strerror(errno)}")
+            number = ctypes.get_errno()
+            raise MountError(number, f"cannot unmount {mountpoint}: {os.strerror(number)}")
         return
     status, said = _fusermount(
         f"cannot unmount {mountpoint}",
@@ -144,8 +147,28 @@ def unmount(
         environment={"LC_ALL": "C"},
     )
     if status:
-        errno = 16 if "busy" in said else 1
-        raise MountError(errno, f"cannot unmount {mountpoint}: {said}")
+        number = errno.EBUSY if "busy" in said else errno.EPERM
+        raise MountError(number, f"cannot unmount {mountpoint}: {said}")
+
+
+def orphan(mountpoint: str) -> int | None:
+    """The connection of the healfs mount on top there that nobody has ever served: its keeper was
+    killed while it mounted, and has told nobody the number. One that is served sees a stat(2)."""
+    on_top = [(kind, minor) for place, kind, minor in mountinfo() if place == mountpoint][-1:]
+    if not on_top or on_top[0][0] != TYPE:
+        return None
+    errors: list[int | None] = []
+
+    def ask() -> None:
+        try:
+            os.stat(mountpoint)
+        except OSError as exc:
+            errors.append(exc.errno)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ORPHAN_SECONDS)
+    return on_top[0][1] if errors == [errno.ENOTCONN] else None
 
 
 def abort(mountpoint: str, connection: int | None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from healfs.fuse import mount
 from tests.backends.nbd_servers import wait_until
 from tests.conftest import Mounter
 from tests.fuse.agent import Agent
@@ -181,3 +182,47 @@ def test_a_runtime_directory_that_is_relative(commands: Commands, image: Path) -
     assert "HEALFS_MOUNTED" in done.stdout
     done = commands.run("umount", "mnt", prefix=prefix)
     assert done.returncode == 0, done.stderr
+
+
+# --- killed while it mounts ---------------------------------------------------------------------
+
+KILLED = """
+import os, sys
+if "healfs.daemon.keeper" in sys.orig_argv and not os.path.exists({once!r}):
+    from healfs.fuse import mount
+    def killed(mountpoint):
+        open({once!r}, "w").close()
+        os.kill({whom}, 9)
+    mount.connection_of = killed
+"""
+
+
+@pytest.mark.parametrize("whom", ["os.getpid()", "0"], ids=["alone", "with-its-worker"])
+@pytest.mark.parametrize("then", ["umount", "mount"])
+def test_a_keeper_that_is_killed_when_it_has_just_mounted(
+    commands: Commands, image: Path, whom: str, then: str
+) -> None:
+    """Nobody has the FUSE descriptor, and no record the connection's number."""
+    site = commands.directory / "site"
+    site.mkdir()
+    once = commands.directory / "once"
+    (site / "sitecustomize.py").write_text(KILLED.format(once=str(once), whom=whom))
+    commands.environment["PYTHONPATH"] = str(site)
+    done = commands.mount(image)
+    assert done.returncode == 1 and once.exists()
+    if whom == "0":  # nobody was left to do it
+        assert commands.is_mounted
+        if then == "umount":
+            done = commands.run("umount", commands.mountpoint)
+            assert done.returncode == 0, done.stderr
+    if then == "mount":  # as systemd does
+        done = commands.mount(image)
+        assert done.returncode == 0, done.stderr
+        assert commands.run("umount", commands.mountpoint).returncode == 0
+    commands.nothing_left(GENEROUS)
+
+
+def test_what_is_served_is_no_orphan(commands: Commands, image: Path) -> None:
+    assert commands.mount(image).returncode == 0
+    assert mount.orphan(str(commands.mountpoint)) is None
+    assert commands.run("umount", commands.mountpoint).returncode == 0
