@@ -56,6 +56,11 @@ def parse(text: str) -> NbdUri:
     Raises SourceError with one line that says what is wrong.
     """
     try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = f"{text}: an NBD URI is UTF-8; write the other bytes of a path as %XX"
+        raise SourceError(text) from None
+    try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError as error:
@@ -101,7 +106,7 @@ def absolute(text: str) -> str:
     parameters = query.split("&")
     for i, parameter in enumerate(parameters):
         key, _, value = parameter.partition("=")
-        path = os.fsdecode(unquote_to_bytes(value))
+        path = os.fsdecode(unquote_to_bytes(os.fsencode(value)))
         if unquote(key) in _PATHS and path and not path.startswith(("/", "\0")):
             value = quote(os.fsencode(os.path.abspath(path)), safe="/")
             parameters[i] = f"{key}={value}"

@@ -99,6 +99,8 @@ def test_uris(text: str, expected: NbdUri) -> None:
         "nbds://h/d?tls-hostname=%ff",
         "nbds://h/d?tls-priority=NORMAL",
         "nbds://a@h/d?tls-username=b",
+        "nbd+unix:///\udcff?socket=/s",
+        "nbd+unix:///?socket=/\udcff",
     ],
 )
 def test_bad_uris_are_wrong_sources(text: str) -> None:
@@ -159,13 +161,13 @@ def test_what_is_quoted_is_parsed(
         st.builds(
             "{}://{}/{}?{}".format,
             st.sampled_from(SCHEMES),
-            st.text("abh:@[]%0.\x00é", max_size=12),
+            st.text("abh:@[]%0.\x00é\udcff", max_size=12),
             st.text("a/%20#é", max_size=8),
             st.lists(
                 st.builds(
                     "{}={}".format,
                     st.sampled_from(["socket", "tls-hostname", "tls-type", "tls-certificates"]),
-                    st.text("a./%0f é:", max_size=9),
+                    st.text("a./%0f é:\udcff", max_size=9),
                 ),
                 max_size=3,
             ).map("&".join),
@@ -200,6 +202,7 @@ def test_paths_are_the_same_from_any_directory(
         ("nbd+unix:///?socket=a+b", f"nbd+unix:///?socket={here}/a%2Bb"),
         ("nbd+unix:///?socket=/a+b", "nbd+unix:///?socket=/a+b"),
         ("nbd+unix:///?socket=%00a", "nbd+unix:///?socket=%00a"),
+        ("nbd+unix:///?socket=\udcff", f"nbd+unix:///?socket={here}/%FF"),
         ("nbd+unix:///?socket=%ff", f"nbd+unix:///?socket={here}/%FF"),
         ("nbds+unix:///e?socket=s#f", f"nbds+unix:///e?socket={here}/s#f"),
         ("nbd://h/socket=a", "nbd://h/socket=a"),
