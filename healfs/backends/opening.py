@@ -287,7 +287,7 @@ class Attempt:
             can_zero = True  # ZERO_RANGE writes zeroes where the device has no command for it
         else:
             size, sector, volatile = status.st_size, 1, True
-            identity = _file_identity(fd, status)
+            identity = _file_identity(fd, status, file_system)
             can_discard = can_zero = not self._read_only and _can_punch(fd, size)
         if not size:
             raise SourceError(
@@ -314,7 +314,8 @@ class Attempt:
 def _file_system(fd: int) -> int:
     answer = ctypes.create_string_buffer(STATFS_SIZE)
     if _libc.fstatfs(fd, answer) != 0:
-        return 0
+        # None but a server of FUSE may do without it.
+        return FUSE if ctypes.get_errno() == errno.ENOSYS else 0
     return ctypes.c_ulong.from_buffer(answer).value
 
 
@@ -325,9 +326,12 @@ def _can_punch(fd: int, size: int) -> bool:
     return ctypes.get_errno() not in (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def _file_identity(fd: int, status: os.stat_result) -> dict[str, str]:
-    """Not st_dev: it changes when NFS is mounted again."""
+def _file_identity(fd: int, status: os.stat_result, file_system: int) -> dict[str, str]:
+    """Not st_dev: it changes when NFS is mounted again. Nor the handle of a file on FUSE: it holds
+    a number that the server gave out at a lookup, and another one after the next mount."""
     identity = {"inode": str(status.st_ino)}
+    if file_system == FUSE:
+        return identity
     # struct file_handle: handle_bytes, handle_type, f_handle[]
     handle = ctypes.create_string_buffer(struct.pack("Ii", MAX_HANDLE_SZ, 0), 8 + MAX_HANDLE_SZ)
     mount_id = ctypes.c_int()

@@ -104,6 +104,18 @@ async def test_identity_is_the_file_not_the_path(image: Path) -> None:
     await backend.aclose()
 
 
+async def test_on_fuse_a_handle_is_no_identity_and_a_flush_has_no_description_of_its_own(
+    held_store: HeldStore,
+) -> None:
+    """Its server gives out another handle after its next mount. This one has no statfs, either."""
+    backend = FileBackend(str(held_store.path))
+    geometry = await backend.connect()
+    assert backend._session is not None
+    assert backend._session.flush_fd == backend._session.fd
+    await backend.aclose()
+    assert geometry.identity == {"inode": str(os.stat(held_store.path).st_ino)}
+
+
 async def test_a_read_beyond_a_shortened_file_is_an_error(image: Path) -> None:
     async with connected(FileBackend(str(image))) as client:
         os.truncate(image, 5000)
