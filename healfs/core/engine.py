@@ -28,7 +28,7 @@ from healfs.core.outage import AWAY, MISMATCH, SILENT, WORKER, Outage
 from healfs.core.policy import Action, Policy
 from healfs.core.prober import FIRST_PAUSE, Prober
 from healfs.core.queues import Queues
-from healfs.core.replay import Replay, covers, patch
+from healfs.core.replay import Replay, Suspects, covers, patch
 from healfs.core.request import TAG_MASK, Done, Kind, Phase, Request
 from healfs.core.retries import Retries
 from healfs.core.ring import Slot
@@ -489,6 +489,7 @@ class Engine:
 
     def _flush_failed(self, errno: int, guests: Iterable[Request]) -> None:
         """Nothing that is not flushed is certain any more: a bare second fsync would lie."""
+        self._overlay_reads()
         self.log.lost()
         self._replay.wanted = True
         self._replay.errno = errno
@@ -502,6 +503,17 @@ class Engine:
                 self._judge_failed(request, errno, now)
         if self.state is State.READY:
             self._begin_replay()
+
+    def _overlay_reads(self) -> None:
+        """Those in flight may find the old bytes of what the backend has just lost."""
+        reads = [r for r in self._queues.in_flight.values() if r.kind is READ and not r.answered]
+        if not reads:
+            return
+        lost = Suspects()
+        lost.add_visible(self.log.unflushed())
+        for request in reads:
+            if parts := lost.overlay(request.offset, request.offset + request.length):
+                self._overlays[request.order] = parts
 
     def _take_flushes(self) -> list[Request]:
         """The guests' that wait for the flush that was in flight, and for the next one."""

@@ -54,6 +54,13 @@ class Suspects:
         self._pieces.add(piece)
         self.all[id(piece)] = piece
 
+    def add_visible(self, unflushed: Iterable[Request]) -> None:
+        """All that these entries show."""
+        for entry, start, end in visible(
+            entry for entry in unflushed if entry.kind is not Kind.DISCARD
+        ):
+            self.add(Piece(entry, start, end))
+
     def _remove(self, piece: Piece) -> bool:
         """Whether it was its entry's last one."""
         self._pieces.remove(piece)
@@ -199,10 +206,7 @@ class Replay:
         self.running = self.flushing = False
         self.errno = errno
         self.suspects = Suspects()
-        for entry, start, end in visible(
-            entry for entry in unflushed if entry.kind is not Kind.DISCARD
-        ):
-            self.suspects.add(Piece(entry, start, end))
+        self.suspects.add_visible(unflushed)
 
 
 def covers(parts: Iterable[tuple[int, bytes]], start: int, end: int) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from healfs.core.request import Kind, Request
+from healfs.core.request import Done, Kind, Request
 from tests.sim.oracle import Violation, decode, encode, first_value, op_id
 from tests.sim.plan import ERRNOS, SECTOR, Plan, chance
 
@@ -35,6 +35,7 @@ class Attempt:
     """A request in the server's hands, and what will become of it."""
 
     request: Request
+    done: Done
     session: int
     luck: float
     errno: int = 0
@@ -77,6 +78,12 @@ class Disk:
             self.stable[sector] = value
             self._changed(sector, value)
 
+    def evict(self, sector: int) -> None:
+        """What is clean, though never written back, is forgotten."""
+        cached = self.cache.get(sector, [])
+        if cached and cached[-1].clean:
+            del self.cache[sector]
+
     def write_through(self, sector: int, value: int) -> None:
         self.cache.pop(sector, None)
         self._set(sector, value)
@@ -94,10 +101,11 @@ class Disk:
 
 
 class Server:
-    def __init__(self, plan: Plan, world: World) -> None:
+    def __init__(self, plan: Plan, world: World, block: int = SECTOR) -> None:
         self.plan = plan
         self.options = plan.options
         self.world = world
+        self._block = block
         self.disk = Disk(plan.sectors, world.stable_changed)
         self.session = 0  # 0: no connection; numbers only grow
         self.last_session = 0
@@ -107,6 +115,7 @@ class Server:
         self._tries: dict[tuple[int, int, int], int] = {}
         self.untaken: set[int] = set()  # ids of requests that no socket ever took
         self._calm = False
+        self.through = False
         # Faults that are on, until a time or for a number of requests:
         self.away_until = 0.0
         self.other_until = 0.0
@@ -131,6 +140,8 @@ class Server:
         self.last_session += 1
         self.session = self.last_session
         self._dies_after = 0
+        if self.options.through:
+            self.through = chance(self.plan.seed, self.session, 3) < 0.5
         if self.world.now < self.relapse_until:
             self._dies_after = 1 + int(chance(self.plan.seed, self.session) * 8)
         return self.session
@@ -178,7 +189,9 @@ class Server:
 
     # --- requests --------------------------------------------------------------------------
 
-    def receive(self, request: Request) -> None:
+    def receive(self, request: Request, done: Done) -> None:
+        if (request.offset | request.length) % self._block:
+            raise Violation("misaligned", str(request))
         self.untaken.discard(id(request))
         if not self.session:
             self.untaken.add(id(request))
@@ -186,7 +199,7 @@ class Server:
         seed, kind = self.plan.seed, int(request.kind)
         key = (kind, request.offset, op_id(request))
         tries = self._tries[key] = self._tries.get(key, 0) + 1
-        attempt = Attempt(request, self.session, chance(seed, *key, tries))
+        attempt = Attempt(request, done, self.session, chance(seed, *key, tries))
         self._hands.append(attempt)
         if request.kind is Kind.FLUSH or request.fua:  # its fsync is everybody's
             attempt.covers = self._covered(attempt.session)
@@ -318,7 +331,7 @@ class Server:
                 self.world.happened["torn"] += torn
                 continue
             self.bad_sectors.discard(sector)
-            if request.fua and not torn:
+            if (request.fua or self.through) and not torn:
                 self.disk.write_through(sector, values[index])
             else:
                 self.disk.write(sector, values[index], attempt)
@@ -342,7 +355,10 @@ class Server:
         attempt.replied = True
         self._hands.remove(attempt)
         data = attempt.data if attempt.request.kind is Kind.READ and not attempt.errno else None
-        self.world.reply(attempt.request, attempt.errno, data)
+        if self.options.evicts and attempt.covers is not None and attempt.errno:
+            for sector, _ in attempt.covers:
+                self.disk.evict(sector)
+        attempt.done(attempt.request, attempt.errno, data)
 
     def calm(self) -> None:
         """All faults end; what hung is answered."""

@@ -101,7 +101,7 @@ class Oracle:
             raise Violation("double answer", str(op))
         self.answered.add(op.id)
 
-    def done(self, op: Op) -> None:
+    def done(self, op: Op, *, stable: bool = False) -> None:
         """A WRITE, WRITE_ZEROES or FLUSH was answered with success (a DISCARD promises nothing)."""
         if op.kind is Kind.FLUSH:
             self._flushed(self._at_flush.pop(op.id))
@@ -111,7 +111,7 @@ class Oracle:
             for sector in range(op.sector, op.sector + op.count):
                 insort(self._done[sector], order)
                 self._floor[sector] = self._done[sector][-1]
-                if op.fua and order > self._stable_floor[sector]:
+                if (op.fua or stable) and order > self._stable_floor[sector]:
                     self._stable_floor[sector] = order
                     self.stable_is(sector, self._stable(sector))
 

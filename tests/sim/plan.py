@@ -61,6 +61,12 @@ class Options:
     probe: bool = False  # EIO may mean that the storage is away; a probe tells
     reads_on: bool = False  # an abandoned write reads its payload until there is a connection
     fua_fails: bool = False  # the fsync of a FUA write takes the error of all, and tells it late
+    # --- what the disk and the engine are like, in every run: see test_sim ---
+    blocks: bool = False  # the backend takes whole blocks of several sectors only
+    limits: bool = False  # few in flight at once; silence is noticed sooner, later or never
+    evicts: bool = False  # what a failed flush could not write is gone at once
+    large: bool = False  # payloads of many pages
+    through: bool = False  # on some connections there is no volatile cache
 
     def only(self, names: set[str]) -> Options:
         return replace(
@@ -145,6 +151,7 @@ _MANNERS = {
 # Chosen last and by a generator of their own, so that older seeds mean what they meant.
 _ADDED = {"short", "accept", "killed", "probe", "fua_fails"}
 _BY_SEED = {"reads_on"}  # chance has no part in it, so that older seeds mean what they meant
+_ALWAYS = {"blocks", "limits", "evicts", "large", "through"}  # nor in these
 _KINDS = [Kind.WRITE] * 9 + [Kind.READ] * 7 + [Kind.FLUSH] * 4
 _KINDS += [Kind.WRITE_ZEROES, Kind.DISCARD]
 
@@ -153,7 +160,7 @@ def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
     """The plan of a seed. Each run has some of the faults only: all at once hide each other."""
     rng = random.Random(seed)
     allowed = [f.name for f in fields(options) if getattr(options, f.name)]
-    allowed = [name for name in allowed if name not in _BY_SEED]
+    allowed = [name for name in allowed if name not in _BY_SEED | _ALWAYS]
     added = [name for name in allowed if name in _ADDED]
     allowed = [name for name in allowed if name not in _ADDED]
     chosen = {name for name in allowed if name in _MANNERS and rng.random() < 0.8}
@@ -161,7 +168,7 @@ def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
     chosen |= set(rng.sample(faults, min(len(faults), rng.randint(1, 6))))
     if "disconnect" in allowed and rng.random() < 0.8:
         chosen.add("disconnect")
-    used = options.only(chosen | _BY_SEED)
+    used = options.only(chosen | _BY_SEED | _ALWAYS)
     if seed % 3:
         used = replace(used, **dict.fromkeys(_BY_SEED, False))
     sectors = rng.choice((16, 32, 48, 64))
@@ -188,7 +195,19 @@ def make(seed: int, options: Options = TODAY, operations: int = 300) -> Plan:
                 at, seconds = rng_added.uniform(0, end), rng_added.uniform(0, 3.0)
                 entries.append(Fault(at, name, seconds, rng_added.getrandbits(16)))
     entries.sort(key=lambda entry: entry.at)
+    if used.large:
+        sectors *= _LARGER
+        entries = [_larger(seed, e) if isinstance(e, Op) else e for e in entries]
     return Plan(seed, used, sectors, rng.choice((1, 2, 4, 8, 16)), end, tuple(entries))
+
+
+_LARGER = 16
+
+
+def _larger(seed: int, op: Op) -> Op:
+    cut = int(chance(seed, op.id) * _LARGER) if op.count else 0
+    first = cut // 3
+    return replace(op, sector=op.sector * _LARGER + first, count=op.count * _LARGER - cut)
 
 
 def _operation(

@@ -52,6 +52,15 @@ def test_no_seed_fails_where_the_operator_fails_what_waits(part):
     _no_failure(first_failure(seeds, replace(WITH_LOG, fail=True)))
 
 
+KINDS_OF_DISKS = ["blocks", "limits", "evicts", "large", "through"]
+
+
+@pytest.mark.parametrize("name", KINDS_OF_DISKS)
+def test_no_seed_fails_on_another_kind_of_disk(name):
+    seeds = range(7_000_000, 7_000_000 + SEEDS // 16)
+    _no_failure(first_failure(seeds, replace(WITH_LOG, **{name: True})))
+
+
 def _no_failure(failure: Failure | None) -> None:
     if failure is not None:
         text = "\n".join(["", *shrink(failure).trace(), f"seed {failure.seed}"])

@@ -8,10 +8,13 @@ import logging
 import random
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from healfs.core.engine import Engine
-from healfs.core.policy import Action, Policy
+from healfs.backends.align import AlignedBackend, Data
+from healfs.backends.base import Backend, Geometry
+from healfs.core.engine import Engine, Limits
+from healfs.core.policy import Action, DirectionPolicy, Policy
 from healfs.core.request import Done, Kind, Request, oldest_first
 from healfs.core.ring import PayloadRing, Slot
 from healfs.core.states import State
@@ -46,6 +49,30 @@ class _WatchedRing(PayloadRing):
         super().release(slot)
 
 
+class _Connected(Backend):
+    """The server, as what AlignedBackend wraps."""
+
+    source = "the simulated disk"
+
+    def __init__(self, server: Server, geometry: Geometry) -> None:
+        self.submit = server.receive  # type: ignore[method-assign]
+        self._untaken = server.untaken
+        self._geometry = geometry
+
+    async def connect(self) -> Geometry:
+        return self._geometry
+
+    async def serve(self) -> OSError:
+        raise NotImplementedError
+
+    def submit(self, request: Request, done: Done) -> None: ...
+    def commit(self) -> None: ...
+    def close(self) -> None: ...
+
+    def taken(self, request: Request) -> bool:
+        return id(request) not in self._untaken
+
+
 class World:
     """One run of one plan. `run` raises Violation."""
 
@@ -58,12 +85,19 @@ class World:
         self.trace = trace
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
+        self.block = SECTOR
+        if plan.options.blocks:
+            self.block = SECTOR << 1 + int(chance(plan.seed, 5) * 3)
         self.events = 0
         self.happened: Counter[str] = Counter()  # of what chance decides, when it is really so
         self.stores = Stores()
-        self.server = Server(plan, self)
+        self.server = Server(plan, self, self.block)
         self.oracle = Oracle(plan.sectors, lambda sector: self.server.disk.stable[sector])
+        self._aligned = self._new_backend()
         self._make_engine = engine
+        if plan.options.limits:
+            more.setdefault("limits", Limits(in_flight=1 << int(chance(plan.seed, 6) * 5)))
+            more.setdefault("slow_after", (0.0, 0.3, 1.0, 5.0)[int(chance(plan.seed, 7) * 4)])
         more.setdefault("settle", plan.settle)
         more.setdefault("fence", plan.options.fence and plan.seed % 2 == 0)
         if plan.options.probe:
@@ -72,7 +106,6 @@ class World:
         self._keywords = more
         self._alarm = 0  # the last one that was set
         self.engine = self._new_engine()
-        self._geometry: dict[str, Any] = {"volatile_cache": True}
         self._queues: dict[int, deque[Op]] = {}
         self._outstanding: dict[int, int] = {}
         self._requests: dict[int, Request] = {}
@@ -87,8 +120,17 @@ class World:
         self._refused: set[int] = set()
         self._cancelled: set[int] = set()
         # The policies since a request came: any may have decided what it is answered.
-        self._may_fail = {"read": False, "write": False}
-        self._may_ignore = {"read": False, "write": False}
+        self._policy = Policy()
+        self._policies: dict[int, list[DirectionPolicy]] = {}  # by the op's id
+
+    def _new_backend(self) -> AlignedBackend:
+        geometry = Geometry(
+            self.plan.sectors * SECTOR, minimum_block=self.block, maximum_payload=1 << 20
+        )
+        backend = AlignedBackend(_Connected(self.server, geometry))
+        with suppress(StopIteration):
+            backend.connect().send(None)
+        return backend
 
     def _new_engine(self) -> Engine:
         self._released: dict[int, Slot] = {}
@@ -167,6 +209,7 @@ class World:
         self.say(f"guest {op.client}: {op}")
         self._ops[op.id] = op
         self._outstanding[op.client] += 1
+        self._policies[op.id] = [self._policy.of(op.kind)]
         self.oracle.submitted(op)
         request = self._request(op)
         self.engine.submit(request)
@@ -208,7 +251,7 @@ class World:
         op = self._ops[op_id(request)]
         self.say(f"answer {op}: {e.errorcode[errno] if errno else 'done'}")
         self.oracle.answer(op)
-        direction = "read" if op.kind is Kind.READ else "write"
+        policies = self._policies.pop(op.id)
         self._outstanding[op.client] -= 1
         if self._queues[op.client]:
             self.later(0.0, self._pump, op.client)
@@ -217,16 +260,18 @@ class World:
             raise Violation("refused", f"{op} is outside the disk and was answered {errno}")
         if errno:
             excused = outside or op.id in self._refused or op.id in self._cancelled
-            if not excused and not self._may_fail[direction]:
+            may_fail = any(p.error is not Action.RETRY or p.retry_timeout for p in policies)
+            if not excused and not may_fail:
                 raise Violation("error", f"{op}: {e.errorcode[errno]} against the policy")
             return
         done_by_backend = self._completing is request
-        if not done_by_backend and self._may_ignore[direction] and op.kind is not Kind.FLUSH:
+        may_ignore = any(Action.IGNORE in (p.error, p.then) for p in policies)
+        if not done_by_backend and may_ignore and op.kind is not Kind.FLUSH:
             return
         if op.kind is Kind.READ:
             self.oracle.read(op, decode(data))
         else:
-            self.oracle.done(op)
+            self.oracle.done(op, stable=done_by_backend and self.server.through)
 
     # --- Effects ---------------------------------------------------------------------------
 
@@ -237,7 +282,12 @@ class World:
             raise Violation("sent nowhere", f"{request} was sent without a connection")
         if self.engine.state is State.PAUSED and request.kind is not Kind.FLUSH:
             raise Violation("sent in a pause", str(self._name(request)))
-        self.server.receive(request)
+        self._aligned.submit(request, self.reply)
+        if self.block > SECTOR:
+            self.later(0.0, self._commit)
+
+    def _commit(self) -> None:
+        self._aligned.commit()  # of the worker that lives then
 
     def _name(self, request: Request) -> object:
         return request if request.internal else self._ops.get(op_id(request), request)
@@ -255,7 +305,7 @@ class World:
             slot.data[:] = encode([POISON]) * (len(slot.data) // SECTOR)
 
     def taken(self, request: Request) -> bool:
-        return id(request) not in self.server.untaken
+        return self._aligned.taken(request)
 
     def heard(self) -> float:
         return 0.0
@@ -268,6 +318,7 @@ class World:
     def close(self) -> None:
         self.say("  close")
         self._linked = False
+        self._aligned.close()
         self.server.break_off(crash=False)
 
     def fence(self) -> None:
@@ -329,17 +380,21 @@ class World:
             self._linked = True
             self.engine.connected(
                 self.plan.sectors * SECTOR,
-                align=SECTOR,
+                align=self.block,
                 mismatch="another disk",
-                **self._geometry,
+                volatile_cache=not self.server.through,
             )
         else:
             session = self.server.accept()
             self.say(f"connected: session {session}")
             self._linked = True
-            self.engine.connected(self.plan.sectors * SECTOR, align=SECTOR, **self._geometry)
+            self.engine.connected(
+                self.plan.sectors * SECTOR,
+                align=self.block,
+                volatile_cache=not self.server.through,
+            )
 
-    def reply(self, request: Request, errno: int, data: bytearray | None) -> None:
+    def reply(self, request: Request, errno: int, data: Data) -> None:
         if self.trace is not None:
             result = e.errorcode[errno] if errno else "ok"
             self.say(f"  reply {self._name(request)}: {result}")
@@ -379,10 +434,9 @@ class World:
             self.engine.accept(replay=how == "replay")
 
     def set_policy(self, policy: Policy) -> None:
-        for direction, given in (("read", policy.read), ("write", policy.write)):
-            may_fail = given.error is not Action.RETRY or given.retry_timeout > 0
-            self._may_fail[direction] |= may_fail
-            self._may_ignore[direction] |= Action.IGNORE in (given.error, given.then)
+        self._policy = policy
+        for id, policies in self._policies.items():
+            policies.append(policy.of(self._ops[id].kind))
         self.engine.set_policy(policy)
 
     def fail(self) -> None:
@@ -405,6 +459,7 @@ class World:
         self.server.break_off(crash=False)
         self._linked = self._trying = False
         self._accepted = None
+        self._aligned = self._new_backend()
         self._alarm += 1
         self.engine = self._new_engine()
         self.engine.take_over()
@@ -457,8 +512,6 @@ class World:
 
     def _read_back(self) -> None:
         """A flush, every sector read, and then what is left after the cache is gone."""
-        self._may_fail = {"read": False, "write": False}
-        self._may_ignore = {"read": False, "write": False}
         at = self.now - self._start
         self._queues[0] = deque()
         self._outstanding.setdefault(0, 0)

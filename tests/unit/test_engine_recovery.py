@@ -447,6 +447,18 @@ def test_a_log_full_of_what_is_refused_is_an_error_like_any_other(given):
     assert len(disk.answers) == 200 and disk.state == "ready" and not disk.engine.latched
 
 
+def test_a_read_beside_a_flush_that_fails_shows_what_the_log_has():
+    """Linux takes a page that it could not write for a clean one, and may drop it."""
+    disk = Disk()
+    disk.written("old", 0, 2)
+    disk.written("w", 1)
+    disk.flush("f")
+    disk.read("r", 0, 3)
+    disk.drive(lambda request: e.EIO if request.kind is Kind.FLUSH else 0, rounds=1)
+    shown = _content("old", BLOCK) + _content("w", BLOCK) + bytes(BLOCK)
+    assert disk.answers["r"] == (0, shown)
+
+
 @pytest.mark.parametrize("given", [policy("report"), policy()])
 def test_a_suspect_entry_that_holds_a_full_ring_stops_no_other_write(given):
     """There is no room to move it up to, but where the others were that the replay has freed."""
