@@ -14,7 +14,7 @@ from healfs.config import shell_word
 from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
-from healfs.fuse.mount import TYPE, is_ours, mountinfo, orphan, unmount
+from healfs.fuse.mount import TYPE, is_ours, mountinfo, never_served, unmount
 
 
 class RefusedError(CliError):
@@ -69,7 +69,7 @@ def about_silent(log: str) -> str:
 def detach(mountpoint: str, connection: int | None) -> None:
     """Unmount what a dead daemon left, and nothing else. Raises CliError."""
     if connection is None:
-        connection = orphan(mountpoint)
+        connection = never_served(mountpoint)
     if not is_ours(mountpoint, connection):
         return
     try:

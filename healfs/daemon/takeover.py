@@ -6,6 +6,7 @@ ends with as little in flight as it can, so that an upgrade leaves less behind t
 
 from __future__ import annotations
 
+import errno as e
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -77,9 +78,16 @@ def save_init(worker: Worker, request: bytes, reply: bytes) -> None:
 async def hand_over(worker: Worker) -> None:
     """Wait for the keeper's word, then end with nothing in flight, or with little."""
     await worker.parent.hand_over.wait()
-    worker.engine.hold()
+    engine, limits = worker.engine, worker.engine.limits
+    engine.hold()
     with trio.move_on_after(DRAIN_SECONDS):
-        while worker.engine.in_flight:  # noqa: ASYNC110 - once, for some milliseconds
+        while engine.in_flight:  # noqa: ASYNC110 - once, for some milliseconds
             await trio.sleep(DRAIN_LOOK)
-    log.info("made room for another version, requests in flight: %d", worker.engine.in_flight)
+    if worker.parent.gone.is_set():  # nobody would start the other version, or hold the mount
+        engine.limits = limits
+        if engine.link_up:  # the outage's end sends what was held
+            engine.lost(e.ESHUTDOWN, "the keeper died in an upgrade")
+        worker.commit()
+        return
+    log.info("made room for another version, requests in flight: %d", engine.in_flight)
     worker.unmounting.ended.set()

@@ -160,21 +160,26 @@ class Worker:
         with trio.move_on_after(UNMOUNT_SECONDS):
             await self.backend.aclose()
         if self.parent.gone.is_set():
-            if not hasattr(self, "channel"):
-                self._unmount_orphan()
-            mounts.clear_dead(self.parent.greeting["directory"])
-            if self.lock >= 0:
-                host_lock.release(sources.lock_name(self.config.source), self.lock)
+            self._clear_up()
         return self._early_end if status is None else status
 
-    def _unmount_orphan(self) -> None:
-        """What the keeper has mounted, if it died before it could tell."""
-        mountpoint = self.config.mountpoint
+    def _clear_up(self) -> None:
+        """In the place of a keeper that is gone: what is mounted still is dead with us."""
+        mountpoint, directory = self.config.mountpoint, self.parent.greeting["directory"]
+        record = mounts.read(directory)
+        connection = record.connection if record else None
         try:
-            if (connection := mount.orphan(mountpoint)) is not None:
+            if not hasattr(self, "channel"):  # killed while it mounted, it told nobody
+                connection = connection or mount.never_served(mountpoint)
+            if mount.is_ours(mountpoint, connection):
+                log.warning("the keeper is gone: %s is taken away", mountpoint)
                 mount.unmount(mountpoint, connection, lazy=True)
-        except OSError as exc:
+        except OSError as exc:  # healfs umount finds it by the record
             log.error("%s", exc)
+        else:
+            mounts.clear_dead(directory)
+        if self.lock >= 0:
+            host_lock.release(sources.lock_name(self.config.source), self.lock)
 
     async def _end_early(self, scope: trio.CancelScope, why: Callable[[], Awaitable[None]]) -> None:
         """Before the mount, it just ends the process."""

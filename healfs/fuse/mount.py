@@ -1,6 +1,6 @@
 """Mount, unmount and abort. Standard library only: the keeper uses it.
 
-None of this touches the mounted file system itself, but for orphan().
+None of this touches the mounted file system itself, but for never_served().
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MS_NOSUID, MS_NODEV, MS_RDONLY = 2, 4, 1
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 TYPE = "fuse.healfs"  # as mountinfo has it
 FUSERMOUNT_SECONDS = 10  # a fusermount3 that takes longer is stuck
-ORPHAN_SECONDS = 1.0  # for the kernel's answer in the place of a daemon that is gone
+UNSERVED_SECONDS = 1.0  # for the kernel's answer in the place of a daemon that is gone
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -151,7 +151,7 @@ def unmount(
         raise MountError(number, f"cannot unmount {mountpoint}: {said}")
 
 
-def orphan(mountpoint: str) -> int | None:
+def never_served(mountpoint: str) -> int | None:
     """The connection of the healfs mount on top there that nobody has ever served: its keeper was
     killed while it mounted, and has told nobody the number. One that is served sees a stat(2)."""
     on_top = [(kind, minor) for place, kind, minor in mountinfo() if place == mountpoint][-1:]
@@ -167,7 +167,7 @@ def orphan(mountpoint: str) -> int | None:
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(ORPHAN_SECONDS)
+    asking.join(UNSERVED_SECONDS)
     return on_top[0][1] if errors == [errno.ENOTCONN] else None
 
 

@@ -222,7 +222,7 @@ def test_a_keeper_that_is_killed_when_it_has_just_mounted(
     commands.nothing_left(GENEROUS)
 
 
-def test_what_is_served_is_no_orphan(commands: Commands, image: Path) -> None:
+def test_what_is_served_is_not_taken_for_a_dead_mount(commands: Commands, image: Path) -> None:
     assert commands.mount(image).returncode == 0
-    assert mount.orphan(str(commands.mountpoint)) is None
+    assert mount.never_served(str(commands.mountpoint)) is None
     assert commands.run("umount", commands.mountpoint).returncode == 0

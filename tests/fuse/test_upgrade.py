@@ -391,6 +391,30 @@ def test_the_keeper_dies_while_a_candidate_is_looked_at(
     assert writer.ok("pwrite", 0, BLOCK) == 4096
 
 
+def test_the_keeper_dies_while_the_old_one_makes_room(
+    tmp_path: Path, server: NbdServer, healfs_mount: Mounter, agent: Opener, version: Version
+) -> None:
+    """Nobody would start the new one: the old one goes on."""
+    mount = healfs_mount(server.uri(), "--slow-after", "1h")
+    patient = Version(tmp_path / "patient")
+    patient.change("daemon/takeover.py", "DRAIN_SECONDS = 2.0", "DRAIN_SECONDS = 4.0")
+    patient.upgrade(mount)
+    writers = agent(mount.file), agent(mount.file)
+    server.pause()
+    writers[0].ask("pwrite", 0, BLOCK)
+    pids = mount.wait_until(lambda status: status["requests"]["in_flight"] == 1)["pids"]
+    upgrading = version.start_upgrade(mount)
+    mount.wait_until(lambda status: status["limits"]["in_flight"]["limit"] == 0)
+    os.kill(pids["keeper"], signal.SIGKILL)
+    writers[1].ask("pwrite", 4096, BLOCK)
+    assert upgrading.communicate(timeout=SECONDS)[1].count("\n") == 1
+    mount.wait_until(lambda status: status["limits"]["in_flight"]["limit"] > 0)
+    server.resume()
+    assert [writer.answer().value for writer in writers] == [4096, 4096]
+    assert mount.processes() == [pids["worker"]]
+    assert mount.status()["version"] == patient.number
+
+
 def test_versions_that_hang_are_given_up(
     tmp_path: Path, healfs_mount: Mounter, agent: Opener
 ) -> None:
