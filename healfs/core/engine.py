@@ -804,7 +804,8 @@ class Engine:
             self._mismatch = ""
             self.align = max(self.align, align) if self._ever_connected else align
             self.can_flush = can_flush
-            self.log.keep = can_flush and volatile_cache
+            # What is there to be replayed has newer writes over it, which must stay as long.
+            self.log.keep = can_flush and (volatile_cache or self.log.has_unflushed())
             self.log.ring.unpin(self._pinned)  # connect() has waited for what hung
             self._pinned = []
             self.link_up = True
@@ -903,6 +904,7 @@ class Engine:
             len(self.log),
         )
         self._begin_outage(now, errno, AWAY, reason, now)
+        lacking = self._replay.lacking
         self._stop_replay()
         self._flush = None
         self._beside.clear()
@@ -913,7 +915,7 @@ class Engine:
         self._close()
         self._remember_attempts(
             (
-                (r.origin.order if r.origin else r.order, r.start, r.end)
+                (r.origin.order if r.origin else r.order, r.start, r.end, lacking and _is_part(r))
                 for r in flying.values()
                 if r.kind is not READ and r.kind is not FLUSH and self.effects.taken(r)
             ),
@@ -945,13 +947,13 @@ class Engine:
         self._judge_all_in_outage(now)
         self._set_alarm(now)  # a try may last longer than a timeout
 
-    def _remember_attempts(self, sent: Iterable[tuple[int, int, int]], now: float) -> None:
-        """What the backend took of writes (order, start, end) may land as long as it is unsettled
-        (promise 4)."""
+    def _remember_attempts(self, sent: Iterable[tuple[int, int, int, bool]], now: float) -> None:
+        """What the backend took of writes (order, start, end, foreign) may land as long as it is
+        unsettled (promise 4)."""
         if not self.settle and not self.fence:
             return
-        for order, start, end in sent:
-            self._unsettled.add(order, start, end, self._until(now))
+        for order, start, end, foreign in sent:
+            self._unsettled.add(order, start, end, self._until(now), foreign=foreign)
         if self.fence and len(self._unsettled):
             self._start_fence()
         elif (when := self._unsettled.next_time()) is not None:
@@ -1185,12 +1187,13 @@ class Engine:
             entry.answered = True
             self._order = max(self._order, entry.order)
             self._recovered[entry.tag & TAG_MASK] = entry
-        sent = [(entry.order, entry.start, entry.end) for entry in found if not entry.completed]
+        sent = [(r.order, r.start, r.end, _is_part(r)) for r in found if not r.completed]
         self._was_replaying = saved.get("replaying", False)
         if self._was_replaying:  # it sends completed ones again: these pieces, or some of them
             align = self.align
             for entry, start, end in visible(entry for entry in found if entry.completed):
-                sent.append((entry.order, start - start % align, end + -end % align))
+                part = bool(start % align or end % align)
+                sent.append((entry.order, start - start % align, end + -end % align, part))
         self._remember_attempts(sent, now)
         reason = "the worker has ended, another one took over"
         self._begin_outage(now, e.ESHUTDOWN, WORKER, reason, now if since is None else since)
@@ -1549,6 +1552,11 @@ class Engine:
 
 def _age(request: Request) -> int:
     return request.order
+
+
+def _is_part(request: Request) -> bool:
+    """Of a block at either end."""
+    return request.start < request.offset or request.end > request.offset + request.length
 
 
 def _unconnected(request: Request, done: Done) -> None:

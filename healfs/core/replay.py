@@ -125,6 +125,11 @@ class Replay:
         """No flush may succeed (promise 5)."""
         return self.wanted or bool(self.suspects.all)
 
+    @property
+    def lacking(self) -> bool:
+        """Whether the backend may lack answered bytes beside what it is sent now."""
+        return bool(self.suspects.all) or (self.wanted and not self.running)
+
     def begin(self, unflushed: list[Request]) -> None:
         """Write again all of it, or, where only suspect pieces are left, those."""
         self.running, self.flushing = True, False
@@ -159,7 +164,7 @@ class Replay:
         low, high = start - start % align, end + -end % align
         if self._in_flight.find(low, high):
             return None
-        if len(unsettled) and unsettled.holds_back(low, high, entry.order):
+        if len(unsettled) and unsettled.holds_back_piece(low, high, entry.order):
             return None
         self._todo.popleft()
         if end < rest:

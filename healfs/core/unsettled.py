@@ -3,7 +3,8 @@
 An attempt was sent on a connection that is gone. It is settled when a fence succeeded after
 that, or settle seconds later, or, still in the backend's hands, when it is answered (that case
 never comes here: the engine keeps such a request in flight). The request itself may be sent
-again at once, for it carries the same bytes; an older one may, for the newer follows it.
+again at once, for it carries the same bytes; an older one may, for the newer follows it. (Not so
+a piece of a replay where the attempt was of a part of a block and carries older bytes beside it.)
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ class Unsettled:
     def __iter__(self) -> Iterator[Attempt]:
         return iter(self._attempts.values())
 
-    def add(self, order: int, start: int, end: int, until: float) -> None:
+    def add(self, order: int, start: int, end: int, until: float, *, foreign: bool = False) -> None:
         """The connection is closed, or about to be; one entry a range that was sent.
 
         A replay sends an entry in pieces, around what is newer: a range over all of them would
         hold that back, and with it the replay. The same range once more takes the place of the
         first, whoever waits for that.
         """
-        attempt = Attempt(start, end, order, until)
+        attempt = Attempt(start, end, order, until, foreign=foreign)
         for old in list(self._of.get(order, ())):
             if start <= old.start and old.end <= end:
                 self._remove(old)
+                attempt.foreign |= old.foreign
                 if old.waiters:
                     attempt.waiters = (attempt.waiters or []) + old.waiters
         self.restore(attempt)
@@ -64,6 +66,14 @@ class Unsettled:
         """The attempts that a write of `order` to this range has to wait for."""
         found = self._ranges.find(start, end)
         return [a for a in found if isinstance(a, Attempt) and a.order < order]
+
+    def holds_back_piece(self, start: int, end: int, order: int) -> bool:
+        """Whether a piece of a replay has to wait: its bytes may not be on the disk yet."""
+        for attempt in self._ranges.find(start, end):
+            assert isinstance(attempt, Attempt)
+            if attempt.order < order or (attempt.foreign and attempt.order != order):
+                return True
+        return False
 
     def block(self, request: Request) -> bool:
         """Make a request wait for what holds it back; whether anything does."""

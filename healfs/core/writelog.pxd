@@ -4,7 +4,7 @@ from healfs.core.overlap cimport Overlap, Range
 from healfs.core.request cimport Request
 from healfs.core.ring cimport PayloadRing, Slot
 
-cdef long long FREE, SENT, COMPLETED, UNSETTLED, WORDS, FUA, MAY_UNMAP, _RESERVED
+cdef long long FREE, SENT, COMPLETED, UNSETTLED, WORDS, FUA, MAY_UNMAP, FOREIGN, _RESERVED
 cdef unsigned long long NOWHERE
 
 
@@ -12,6 +12,7 @@ cdef class Attempt(Range):
     cdef public long long order
     cdef public double until
     cdef public long long record
+    cdef public bint foreign
     cdef public list waiters
 
 

@@ -29,7 +29,7 @@ FREE, SENT, COMPLETED, UNSETTLED = 0, 1, 2, 3
 # state, kind, flags, -, order, tag, offset, length, place in the ring, end in the ring, until
 RECORD = struct.Struct("<IBBHQQQQQQd")
 WORDS = 8  # of 8 bytes; the first begins with the state
-FUA, MAY_UNMAP = 1, 2
+FUA, MAY_UNMAP, FOREIGN = 1, 2, 4
 NOWHERE = (1 << 64) - 1  # a place: there is no payload
 HEADER = 16384  # magic, and two copies of the saved state
 # With the number of the layout: of the records, of the ring, and of what the engine saves.
@@ -47,17 +47,27 @@ class LayoutError(ValueError):
 class Attempt(Range):
     """An attempt of unknown fate: sent on a connection that is gone. See core/unsettled.py.
 
-    `order` is the request's, `until` the clock's time.
+    `order` is the request's, `until` the clock's time. `foreign`: a part of a block, written with
+    the rest of it as that was then, which may have lacked what an older write had put there.
     """
 
-    __slots__ = ("order", "record", "until", "waiters")
+    __slots__ = ("foreign", "order", "record", "until", "waiters")
 
-    def __init__(self, start: int, end: int, order: int, until: float, record: int = -1) -> None:
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        order: int,
+        until: float,
+        record: int = -1,
+        foreign: bool = False,
+    ) -> None:
         self.start = start
         self.end = end
         self.order = order
         self.until = until
         self.record = record
+        self.foreign = foreign
         self.waiters: list[Request] | None = None
 
 
@@ -355,7 +365,8 @@ class WriteLog:
         RECORD.pack_into(
             self._table,
             index * RECORD.size,
-            *(FREE, Kind.WRITE, 0, 0, attempt.order, 0, attempt.start),
+            *(FREE, Kind.WRITE, FOREIGN if attempt.foreign else 0, 0),
+            *(attempt.order, 0, attempt.start),
             *(attempt.end - attempt.start, NOWHERE, 0, attempt.until),
         )
         self._states[index] = UNSETTLED
@@ -380,7 +391,8 @@ class WriteLog:
             fields = RECORD.unpack_from(self._table, index * RECORD.size)
             state, kind, flags, _, order, tag, offset, length, place, end, until = fields
             if state == UNSETTLED:
-                attempts.append(Attempt(offset, offset + length, order, until, index))
+                foreign = bool(flags & FOREIGN)
+                attempts.append(Attempt(offset, offset + length, order, until, index, foreign))
             elif state in (SENT, COMPLETED) and order in by_order:  # see move_up
                 self._states[index] = FREE
                 self._free.append(index)

@@ -459,6 +459,54 @@ def test_a_read_beside_a_flush_that_fails_shows_what_the_log_has():
     assert disk.answers["r"] == (0, shown)
 
 
+class Blocks(Disk):
+    """The backend takes whole blocks, and reads what it is not given of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.engine.settle = 5.0
+
+    def back(self, size=BIG, **keywords):
+        super().back(size, align=BLOCK, **keywords)
+
+
+def test_what_was_refused_does_not_go_below_a_late_write_beside_it_in_its_block():
+    """That carries the rest of its block as it was, without what had been refused."""
+    disk = Blocks()
+    disk.request("refused", Kind.WRITE, 0, 512)
+    disk.drive()
+    disk.lose()
+    disk.back()
+    disk.drive(lambda request: 0 if request.kind is Kind.FLUSH else e.ENOSPC)
+    assert disk.engine.latched and disk.state == "ready"
+    disk.request("late", Kind.WRITE, 512, 512)
+    disk.request("elsewhere", Kind.WRITE, BLOCK, 512)
+    disk.lose()
+    disk.pieces.clear()
+    disk.back()
+    disk.drive()
+    assert not disk.pieces
+    disk.run(5.0)
+    assert [r.offset for r in disk.pieces] == [0]
+    disk.drive()
+    assert not disk.engine.latched
+
+
+def test_a_disk_that_comes_back_without_a_cache_keeps_what_is_newer_than_its_replay():
+    disk = Disk()
+    disk.written("oldest", 0)
+    disk.written("older", 0)
+    disk.lose()
+    disk.back(volatile_cache=False)
+    disk.drive(lambda request: e.EIO if request.kind is Kind.FLUSH else 0, rounds=2)
+    assert disk.engine.latched and disk.state == "ready"
+    disk.written("newest", 0)
+    disk.pieces.clear()
+    disk.drive_for(2)
+    assert [bytes(r.data[:6]) for r in disk.pieces] == [b"newest"]
+    assert not disk.engine.latched and not len(disk.engine.log)
+
+
 @pytest.mark.parametrize("given", [policy("report"), policy()])
 def test_a_suspect_entry_that_holds_a_full_ring_stops_no_other_write(given):
     """There is no room to move it up to, but where the others were that the replay has freed."""

@@ -128,13 +128,14 @@ def test_a_successor_finds_what_was_entered(entries, noted):
         request = world.entered(length, offset, kind, **keywords)
         expected[request.order] = _facts(request)
     for order, start in enumerate(noted, 1000):
-        world.log.note(Attempt(start, start + PAGE, order, 12.5))
+        world.log.note(Attempt(start, start + PAGE, order, 12.5, foreign=order % 2 == 1))
     assert _recovered(world.memory) == expected
 
     log = WriteLog(memoryview(world.memory), ENTRIES, MESSAGE)
     found, attempts = log.recover(_nobody)
-    assert [(a.start, a.end, a.order, a.until) for a in attempts] == [
-        (start, start + PAGE, order, 12.5) for order, start in enumerate(noted, 1000)
+    assert [(a.start, a.end, a.order, a.until, a.foreign) for a in attempts] == [
+        (start, start + PAGE, order, 12.5, order % 2 == 1)
+        for order, start in enumerate(noted, 1000)
     ]
     assert len(log) == len(entries)
     world.log, world.order = log, 2000
