@@ -66,6 +66,12 @@ class Parent:
 
     async def listen(self) -> None:
         """Take the keeper's messages until it is gone."""
+        try:
+            await self._listen()
+        finally:
+            self._to_reply.close()  # who asks would wait for ever
+
+    async def _listen(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._socket)
             try:
@@ -76,7 +82,6 @@ class Parent:
                 packet, fds = b"", []
             if not packet:
                 self.gone.set()
-                await self._to_reply.aclose()
                 return
             message = json.loads(packet)
             if message.get("event") == "terminate":
@@ -122,6 +127,7 @@ class Parent:
                 with trio.CancelScope(shield=True):
                     reply, fd = await self._replies.receive()
             except trio.EndOfChannel:
+                await trio.lowlevel.checkpoint_if_cancelled()  # it is we who end
                 raise ParentError(5, "the keeper is gone") from None
             if "error" in reply:
                 raise ParentError(reply["errno"], reply["error"])

@@ -37,3 +37,30 @@ async def test_a_request_waits_for_a_keeper_that_does_not_read() -> None:
             await reading()
             keeper.close()
     parent._socket.close()
+
+
+async def test_who_asks_while_all_ends_ends_too() -> None:
+    """Ctrl-C of `healfs mount` came between a question and its answer: the keeper had to kill it."""
+    keeper, worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    keeper.send(b"{}")
+    parent = Parent(worker.detach())
+    ended = []
+    life = trio.CancelScope()
+
+    async def live() -> None:
+        with life:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(parent.listen)
+                await parent.ask({"do": "lock"})
+        ended.append(life.cancelled_caught)
+
+    with keeper:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(live)
+            await trio.testing.wait_all_tasks_blocked()
+            life.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            by_itself = ended.copy()
+            parent._to_reply.close()
+    assert by_itself == [True]
+    parent._socket.close()
