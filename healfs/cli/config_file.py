@@ -29,6 +29,7 @@ _NOT_IN_A_FILE = {
     "create": "not in a file, which is read at each mount; create the disk once, on the command "
     "line: healfs mount NAME --create SIZE",
 }
+_PATHS = ("source", "mountpoint", "fault")
 _EMPTY = {
     "source": "SOURCE is empty; give a path, an NBD URI, or the NAME of a file in /etc/healfs",
     "mountpoint": "MOUNTPOINT is empty; give a directory",
@@ -182,7 +183,7 @@ def _value(value: Any, parameter: click.Parameter, ctx: click.Context, where: st
         raise ConfigError(f"{where}: the number is too large")
     if "\0" in str(value):
         raise ConfigError(f"{where}: a NUL character is in it; leave it out")
-    if parameter.name in ("source", "mountpoint", "fault") and not _is_absolute(str(value)):
+    if parameter.name in _PATHS and not _is_absolute(str(value), parameter.name):
         raise ConfigError(f"{where}: {value}: write an absolute path: it is used from anywhere")
     try:
         return parameter.type.convert(str(value), parameter, ctx)
@@ -195,5 +196,5 @@ def _single(parameter: click.Parameter) -> click.Parameter:
     return click.Option([f"--{parameter.name}"], type=parameter.type)
 
 
-def _is_absolute(value: str) -> bool:
-    return value.startswith("/") or "://" in value
+def _is_absolute(value: str, name: str) -> bool:
+    return value.startswith("/") or (name == "source" and "://" in value)

@@ -39,6 +39,10 @@ _AS_GIVEN = (
 )
 
 
+class _Uid(click.IntRange):
+    name = "number of a user"
+
+
 @click.command(
     cls=config_file.ConfiguredCommand,
     short_help="Mount a file, block device or NBD export as a disk's file.",
@@ -72,7 +76,7 @@ _AS_GIVEN = (
 @click.option("--allow-other", is_flag=True, help="Let other users in (libvirt's qemu).")
 @click.option(
     "--allow-uid",
-    type=click.IntRange(0, 2**32 - 2),
+    type=_Uid(0, 2**32 - 2),
     multiple=True,
     metavar="UID",
     help="Let this user have status, policy and all other verbs, too. "

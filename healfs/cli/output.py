@@ -44,6 +44,8 @@ _NEXT = {
 
 def os_error(exc: OSError) -> str:
     """What the system refused, and what to do."""
+    if exc.errno == errno.ENOENT and not exc.filename:  # of getcwd(2)
+        return "the current directory is gone; go to another one, or give absolute paths"
     text = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror or str(exc)
     return f"{text}; {_NEXT[exc.errno]}" if exc.errno in _NEXT else text
 

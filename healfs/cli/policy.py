@@ -9,13 +9,14 @@ import click
 from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import connected, find
 from healfs.cli.output import console, print_json, table
-from healfs.cli.policy_options import changes, policy_options
+from healfs.cli.policy_options import changes, policy_options, without_defaults
 from healfs.config import format_duration
 from healfs.core.policy import Policy
 
 _TIMEOUT = 5.0
 
 
+@without_defaults
 @click.command(short_help="Show what is done on errors, or change it.")
 @click.argument("mountpoint", type=MOUNTPOINT)
 @policy_options
@@ -23,7 +24,7 @@ _TIMEOUT = 5.0
 def policy(mountpoint: str, as_json: bool, **options: Any) -> None:
     """Show the policy of the disk at MOUNTPOINT, or change what the options name.
 
-    A change acts on the requests that wait already.
+    A change acts on the requests that wait already. What no option names stays as it is.
     """
     read, write = changes(options)
     Policy().change(read, write)  # what can never be is refused before anyone is asked

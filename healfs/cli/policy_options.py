@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -79,6 +80,14 @@ def policy_options(function: _F) -> _F:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def without_defaults(command: click.Command) -> click.Command:
+    """What is not given stays as it is."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.help:
+            parameter.help = re.sub(r" \[\w+\]$", "", parameter.help)
+    return command
 
 
 def changes(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -174,7 +174,10 @@ def _print_one(mount: Mount, one: Status) -> None:
     if paused := one.get("pause"):
         rows.append(("pause", pause_words(paused)))
     if one.get("state") == "mismatch":
-        advice = "the right disk is taken when it is back; healfs accept takes this one"
+        advice = (
+            "the right disk is taken when it is back; healfs accept takes this one, where it is no"
+            " smaller and takes blocks as small"
+        )
         rows.append(("", advice))
     rows += [
         ("file", one.get("file", mount.file)),

@@ -45,9 +45,9 @@ def _private(path: Path) -> Path:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise MountsError(f"{path}: not a directory of yours; remove it, or set XDG_RUNTIME_DIR")
+        raise MountsError(f"{path}: not a directory of yours; remove it, or {_elsewhere()}")
     if found.st_mode & 0o022:
-        raise MountsError(f"{path}: others may write there; chmod 700 it")
+        raise MountsError(f"{path}: others may write there; {_elsewhere()}")
     return path
 
 
@@ -62,9 +62,15 @@ def _runtime_path() -> Path:
     return Path(tempfile.gettempdir()) / f"healfs-{os.geteuid()}"
 
 
+def _elsewhere() -> str:
+    """What to do where the run-time directory does not do: see _runtime_path."""
+    ours = os.geteuid() == 0 or os.environ.get("HEALFS_RUNTIME_DIR")
+    return f"set {'HEALFS' if ours else 'XDG'}_RUNTIME_DIR to a directory of your own"
+
+
 def log_path(mountpoint: str) -> Path:
     """The daemon's log file. Its directory is not created here."""
-    if "HEALFS_RUNTIME_DIR" in os.environ:
+    if os.environ.get("HEALFS_RUNTIME_DIR"):
         directory = _runtime_path() / "log"
     elif os.geteuid() == 0:
         directory = Path("/var/log/healfs")
@@ -294,10 +300,10 @@ def claim(mountpoint: str) -> Claim:
     try:
         root = _private(_runtime_path())
     except OSError as exc:
-        raise MountsError(f"{_runtime_path()}: {exc.strerror}; set XDG_RUNTIME_DIR") from None
+        raise MountsError(f"{_runtime_path()}: {exc.strerror}; {_elsewhere()}") from None
     directory = root / _hash(mountpoint)
     if len(os.fsencode(directory / "control")) > MAXIMUM_SOCKET_PATH:
-        raise MountsError(f"{root}: too long for a socket's path; use a shorter directory")
+        raise MountsError(f"{root}: too long for a socket's path; {_elsewhere()}")
     while True:
         try:
             _private(directory)
@@ -305,7 +311,7 @@ def claim(mountpoint: str) -> Claim:
         except FileNotFoundError:
             continue  # its last holder removed it meanwhile
         except OSError as exc:
-            raise MountsError(f"{directory}: {exc.strerror}; set XDG_RUNTIME_DIR") from None
+            raise MountsError(f"{directory}: {exc.strerror}; {_elsewhere()}") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -361,12 +367,12 @@ def list_mounts() -> list[Mount]:
     root = _runtime_path()
     try:
         if root.lstat().st_uid not in (0, os.geteuid()):
-            raise MountsError(f"{root}: not yours; set XDG_RUNTIME_DIR")
+            raise MountsError(f"{root}: not yours; {_elsewhere()}")
         names = os.listdir(root)
     except (FileNotFoundError, PermissionError):  # another's, who allows us some mount of his
         return []
     except OSError as exc:
-        raise MountsError(f"{root}: {exc.strerror}; set XDG_RUNTIME_DIR") from None
+        raise MountsError(f"{root}: {exc.strerror}; {_elsewhere()}") from None
     found = [read(os.path.join(root, name)) for name in names]
     return sorted((m for m in found if m is not None), key=lambda mount: mount.mountpoint)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import click
 import pytest
 
-from healfs.backends import nbd, nbd_connect, nbd_peer, nbd_tcp, nbd_tls, nbd_transmission
+from healfs.backends import fault, nbd, nbd_connect, nbd_peer, nbd_tcp, nbd_tls, nbd_transmission
 from healfs.backends.file import FileBackend
 from healfs.backends.nbd import NbdBackend
 from healfs.cli import exit_status
+from healfs.cli.config_file import MAXIMUM_BYTES
 from healfs.cli.log_options import MAXIMUM_ENTRIES
 from healfs.cli.main import VERBS, main
 from healfs.config import (
@@ -28,7 +29,7 @@ from healfs.config import (
 from healfs.control.server import FAIR_SHARE
 from healfs.control.server import Limits as ControlLimits
 from healfs.core.engine import ASKED, Engine, Limits
-from healfs.core.policy import Policy
+from healfs.core.policy import Policy, PolicyError
 from healfs.core.ring import PAGE as PAGE_SIZE
 from healfs.core.ring import STEP
 from healfs.core.states import State
@@ -238,6 +239,26 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
     options = documented("mount")
     assert f"{2 * RESERVED} to {MAXIMUM_ENTRIES}" in options["--log-entries"]
     assert f"{2 * (MAX_WRITE + PAGE_SIZE)} bytes" in options["--log-size"]
+
+
+def test_the_keys_of_a_file_of_faults_are_there() -> None:
+    faults = section("FAULTS", page("healfs-mount.1"))
+    for key in {*fault._TOP, *fault._RULE} - {"rule"}:
+        assert f"*{key}*" in faults, key
+    assert "*[[rule]]*" in faults
+    example = faults.split("```")[3]
+    assert [rule.count for rule in fault.parse(example).rules] == [1, None]
+
+
+def test_what_options_may_be_is_in_their_page() -> None:
+    options = documented("mount")
+    Policy().change({"retry_timeout": 10 * 365 * 86400.0}, {})
+    with pytest.raises(PolicyError):
+        Policy().change({"retry_timeout": 10 * 365 * 86400.0 + 1}, {})
+    assert "ten years" in " ".join(options["--retry-timeout"].split())
+    assert "255 bytes" in options["--name"]
+    limit = format_size(MAXIMUM_BYTES)
+    assert f"at most {limit}" in section("DESCRIPTION", page("healfs.toml.5"))
 
 
 def test_the_limits_of_an_upgrade_are_those_of_the_code() -> None:

@@ -433,6 +433,19 @@ def test_policy_shows_and_changes(daemon: Daemon) -> None:
     assert daemon.policy.read.retry_timeout == daemon.policy.write.retry_timeout == 120
 
 
+def test_policy_promises_no_default() -> None:
+    """As if what is not given went back to it."""
+    assert "[retry]" not in run("policy", "--help").output
+    assert "[retry]" in run("mount", "--help").output
+
+
+def test_a_directory_that_is_gone_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert_refused(run("status", "m"), "the current directory is gone", status=1)
+
+
 def test_policy_as_json(daemon: Daemon) -> None:
     daemon.status["policy"] = daemon.policy.as_dict()
     daemon.start()

@@ -44,8 +44,32 @@ def test_a_run_time_directory_that_is_full_is_told_in_one_line(
         return private(path)
 
     monkeypatch.setattr(mounts, "_private", full)
-    with pytest.raises(mounts.MountsError, match="No space left on device; set XDG_RUNTIME_DIR"):
+    with pytest.raises(mounts.MountsError, match="No space left on device; set HEALFS_RUNTIME_DIR"):
         mounts.claim("/mnt/vm1")
+
+
+@pytest.mark.parametrize(
+    ("uid", "ours", "word"), [(0, "", "HEALFS"), (7, "", "XDG"), (7, "x", "HEALFS")]
+)
+def test_the_variable_that_is_named_is_the_one_that_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uid: int, ours: str, word: str
+) -> None:
+    """root's directory, and that of HEALFS_RUNTIME_DIR, is not where XDG_RUNTIME_DIR says."""
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr(mounts, "_ROOTS", tmp_path / "x")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("HEALFS_RUNTIME_DIR", ours and str(tmp_path / ours))
+    (tmp_path / "x").write_text("")
+    (tmp_path / "healfs").write_text("")
+    with pytest.raises(mounts.MountsError, match=f"set {word}_RUNTIME_DIR"):
+        mounts.claim("/mnt/vm1")
+
+
+def test_an_empty_runtime_directory_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("HEALFS_RUNTIME_DIR", "")
+    assert mounts.events_path("/m").parent == Path("/run/healfs/events")
+    assert mounts.log_path("/m").parent == Path("/var/log/healfs")
 
 
 @pytest.mark.parametrize("home", [None, "", "rel"])

@@ -40,7 +40,7 @@ async def test_a_request_waits_for_a_keeper_that_does_not_read() -> None:
 
 
 async def test_who_asks_while_all_ends_ends_too() -> None:
-    """Ctrl-C of `healfs mount` came between a question and its answer: the keeper had to kill it."""
+    """Ctrl-C came between a question and its answer: the keeper had to kill the worker."""
     keeper, worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     keeper.send(b"{}")
     parent = Parent(worker.detach())
