@@ -318,6 +318,14 @@ def busy_text(mountpoint: str, error: OSError) -> str:
     return f"in use by {shown}{more}; end them first, or use --force"
 
 
+def _is_below(mountpoint: str, link: str) -> bool:
+    try:
+        target = os.readlink(link)
+    except OSError:
+        return False  # closed meanwhile; the others are there still
+    return target == mountpoint or target.startswith(mountpoint + "/")
+
+
 def _users_of(mountpoint: str) -> list[str]:
     """readlink in /proc names the files without touching them."""
     users = []
@@ -327,8 +335,7 @@ def _users_of(mountpoint: str) -> list[str]:
         try:
             links = [f"/proc/{name}/cwd"]
             links += [f"/proc/{name}/fd/{fd}" for fd in os.listdir(f"/proc/{name}/fd")]
-            targets = {os.readlink(link) for link in links}
-            if any(t == mountpoint or t.startswith(mountpoint + "/") for t in targets):
+            if any(_is_below(mountpoint, link) for link in links):
                 # The kernel cuts it off after 15 bytes, also inside a character.
                 with open(f"/proc/{name}/comm", errors="replace") as comm:
                     users.append(f"{comm.read().strip()} (pid {name})")

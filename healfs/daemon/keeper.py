@@ -529,17 +529,19 @@ class Keeper:
         except OSError as exc:
             self._tell({"error": str(exc), "errno": exc.errno or 5})
         else:
-            self.systemd.stopping()
+            if not mount.is_connected(self.fuse):
+                self.systemd.stopping()
             self._tell({"ok": True})
 
     def _abort(self) -> None:
         """Answer everybody with ECONNABORTED, by the kernel, and take the mount away."""
         if self.fuse < 0:
             return
+        moved = mount.is_connected(self.fuse)  # else the number may be another's
         with contextlib.suppress(OSError):
             mount.abort(self.mountpoint, self.connection)
         try:
-            mount.unmount(self.mountpoint, self.connection, lazy=True)
+            mount.unmount(self.mountpoint, self.connection, lazy=True, moved=moved)
         except OSError as exc:
             self.say(str(exc))
         os.close(self.fuse)  # the last descriptor's end aborts the connection, too

@@ -26,6 +26,11 @@ log = logging.getLogger("healfs.worker")
 UNMOUNT_SECONDS = 5.0
 RANGES_A_LINE = 100
 FORCED_FLUSH_SECONDS = 2.0  # of the five that a forced unmount may take
+CLOSE_SECONDS, CLOSE_LOOK = 1.0, 0.01  # for what was closed before the unmount to be told
+ELSEWHERE = (
+    "unmounted, but its file is open elsewhere (a bind mount, another mount namespace): the daemon"
+    " goes on until that is over too, or give it up with --force"
+)
 LAST_FLUSH_SECONDS = 1.0  # for what was written between the flush and the unmount
 
 
@@ -110,15 +115,32 @@ class Unmounting:
                 await self._unmount(lazy=False)
             except OSError as exc:  # the keeper's, or without one our own
                 if not force:
-                    raise UnmountError(
-                        commands.busy_text(self._worker.config.mountpoint, exc)
-                    ) from None
+                    raise UnmountError(await self._why_busy(exc)) from None
                 await self._unmount_lazily()
                 in_use = True
+            else:
+                in_use = await self._is_used_elsewhere(0.0 if force else CLOSE_SECONDS)
+                if in_use and not force:
+                    raise UnmountError(ELSEWHERE)
             self._unmounted = True
             await self._give_up_rest(given_up, flush=flushed, in_use=in_use)
             self._tell_end(given_up, who or {})
             return given_up
+
+    async def _why_busy(self, error: OSError) -> str:
+        """There may be very many descriptors to look at: the disk's loop does not wait."""
+        mountpoint = self._worker.config.mountpoint
+        return await trio.to_thread.run_sync(commands.busy_text, mountpoint, error)
+
+    async def _is_used_elsewhere(self, patience: float) -> bool:
+        """What was unmounted was one of several places, and in another one the file is open."""
+        worker = self._worker
+        with trio.move_on_after(patience):
+            # Rarely more than once: what is closed is told at once.
+            while worker.namespace.opened and mount.is_connected(worker.channel.fuse):  # noqa: ASYNC110
+                await trio.sleep(CLOSE_LOOK)
+            return False
+        return True
 
     async def _give_up_rest(self, given_up: dict[str, Any], *, flush: bool, in_use: bool) -> None:
         """Whoever opened the file after the flush may have had a write answered."""

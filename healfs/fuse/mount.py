@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import re
+import select
 import shutil
 import socket
 import subprocess
@@ -133,7 +134,7 @@ def unmount(
     if not is_ours(mountpoint, connection):
         what = "something else is mounted over it; unmount that first"
         if not is_mounted(mountpoint):
-            what = "it is not mounted there any more"
+            what = "it is not mounted there any more; the daemon ends when nobody uses it elsewhere"
         raise MountError(22, f"cannot unmount {mountpoint}: {what}")
     if os.geteuid() == 0:
         flags = UMOUNT_NOFOLLOW | (MNT_DETACH if lazy else 0)
@@ -149,6 +150,14 @@ def unmount(
     if status:
         number = errno.EBUSY if "busy" in said else errno.EPERM
         raise MountError(number, f"cannot unmount {mountpoint}: {said}")
+
+
+def is_connected(fuse: int) -> bool:
+    """Whether it is mounted somewhere still: a bind mount, another mount namespace, a file that is
+    open. As long as it is, the connection's number is no other's."""
+    poll = select.poll()
+    poll.register(fuse, select.POLLIN)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def never_served(mountpoint: str) -> int | None:

@@ -28,13 +28,15 @@ class Namespace(pyfuse3.Operations):
         self.mode = 0o400 if read_only else 0o600
         self.uid, self.gid = os.geteuid(), os.getegid()
         self.atime = self.mtime = self.ctime = time.time_ns()
+        self.opened = 0  # open file descriptions
         self.on_change: Callable[[], None] = lambda: None
 
     def save(self) -> dict[str, int]:
-        """What was changed by chmod, chown and utimes, for a successor."""
-        return {name: getattr(self, name) for name in SAVED}
+        """What was changed by chmod, chown and utimes, and who is there, for a successor."""
+        return {"opened": self.opened, **{name: getattr(self, name) for name in SAVED}}
 
     def load(self, saved: Mapping[str, int]) -> None:
+        self.opened = saved.get("opened", 0)
         for name in SAVED:
             setattr(self, name, saved[name])
 
@@ -99,6 +101,8 @@ class Namespace(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             # The kernel asks for no size 0 of its own (FUSE_ATOMIC_O_TRUNC): it would take it.
             raise pyfuse3.FUSEError(e.EPERM)
+        self.opened += 1
+        self.on_change()
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(DISK), direct_io=True)
 
     async def opendir(
@@ -128,7 +132,8 @@ class Namespace(pyfuse3.Operations):
         """close(2): nothing to do, as for a disk."""
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        pass
+        self.opened = max(0, self.opened - 1)
+        self.on_change()
 
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         pass

@@ -613,3 +613,93 @@ def test_what_is_written_between_the_flush_and_the_unmount_is_told(
 def _used(commands: Commands) -> int:
     limits: Any = _status(commands)["limits"]
     return int(limits["control_connections"]["used"])
+
+
+# --- used elsewhere -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bound(commands: Commands, server: NbdServer) -> Iterator[Path]:
+    """The disk is mounted, and a bind mount of it is in another mount namespace: a container."""
+    _mounted(commands, server.uri())
+    where = f"{commands.directory}/elsewhere"
+    os.mkdir(where)
+    script = f"mount --make-rprivate / && mount --bind {commands.mountpoint} {where} && echo && cat"
+    holder = subprocess.Popen(
+        ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None
+        if holder.stdout.readline() != b"\n":
+            pytest.skip("no mount namespace of our own")
+        yield Path(f"/proc/{holder.pid}/root{where}/disk.img")
+    finally:
+        holder.kill()
+        holder.communicate(timeout=GENEROUS)
+
+
+def test_who_has_it_open_in_another_namespace_goes_on(commands: Commands, bound: Path) -> None:
+    user = Agent(bound)
+    assert user.ok("pwrite", 0, BLOCK) == 4096
+    os.kill(_pids(commands)["worker"], signal.SIGKILL)
+    assert user.ok("pwrite", 0, BLOCK) == 4096  # the successor knows who is there
+    done = commands.run("umount", commands.mountpoint)
+    assert done.returncode == 1 and "its file is open elsewhere" in done.stderr
+    assert not commands.is_mounted and user.ok("pwrite", 4096, BLOCK) == 4096
+    done = commands.run("umount", commands.mountpoint)
+    assert done.returncode == 1 and "ends when nobody uses it elsewhere" in done.stderr
+    assert user.ok("pread", 4096, 4096) == BLOCK
+    done = commands.run("umount", "--force", commands.mountpoint)
+    assert done.returncode == 0
+    user.kill()
+    user.ended()
+    commands.nothing_left(GENEROUS)
+
+
+def test_a_copy_in_another_namespace_that_nobody_uses_keeps_nothing(
+    commands: Commands, bound: Path
+) -> None:
+    user = Agent(bound)
+    user.kill()
+    user.ended()
+    done = commands.run("umount", commands.mountpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+    commands.nothing_left(GENEROUS)
+
+
+def test_the_daemon_ends_when_it_is_used_nowhere_any_more(
+    commands: Commands, image: Path, tmp_path: Path
+) -> None:
+    _mounted(commands, image)
+    where = tmp_path / "bound"
+    where.mkdir()
+    subprocess.run(["mount", "--bind", commands.mountpoint, where], check=True, timeout=GENEROUS)
+    try:
+        user = Agent(where / "disk.img")
+        assert commands.run("umount", commands.mountpoint).returncode == 1
+        user.kill()
+        user.ended()
+        subprocess.run(["umount", where], check=True, timeout=GENEROUS)
+    finally:
+        subprocess.run(["umount", "-l", where], capture_output=True, timeout=GENEROUS)
+    commands.nothing_left(GENEROUS)
+
+
+def test_a_hung_worker_of_a_moved_mount_leaves_none(commands: Commands, image: Path) -> None:
+    _mounted(commands, image)
+    pids = _pids(commands)
+    elsewhere = commands.directory / "elsewhere"
+    elsewhere.mkdir()
+    move = ["mount", "--move", commands.mountpoint, elsewhere]
+    if subprocess.run(move, capture_output=True, timeout=GENEROUS).returncode:
+        pytest.skip("mounts cannot be moved here")
+    try:
+        os.kill(pids["worker"], signal.SIGSTOP)
+        os.kill(pids["keeper"], signal.SIGTERM)
+        wait_until(lambda: not commands.processes(), "the end of all", GENEROUS)
+        assert not is_mounted(str(elsewhere))
+    finally:
+        subprocess.run(["umount", "-l", elsewhere], capture_output=True, timeout=GENEROUS)
+    commands.nothing_left(GENEROUS)

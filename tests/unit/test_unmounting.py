@@ -25,6 +25,9 @@ class Ending(Unmounting):
             raise ParentError(22, "cannot unmount /m: Invalid argument")
         self.mounted = False
 
+    async def _is_used_elsewhere(self, patience: float) -> bool:
+        return False
+
 
 @pytest.mark.parametrize("force", [False, True])
 async def test_the_second_is_told_that_there_is_a_first(
