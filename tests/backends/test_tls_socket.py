@@ -249,6 +249,7 @@ def test_a_poll_leaves_nothing_that_no_descriptor_tells_of(directory: Path) -> N
         for number in range(count):
             request = Request(Kind.READ, number * size, size, lambda *_: None)
             link.submit(request, lambda request, errno, data: answered.append(errno))
+        link.commit()
         cookies = range(1, count + 1)
         replies = b"".join(struct.pack(">IIQ", 0x67446698, 0, c) + bytes(size) for c in cookies)
         sending = threading.Thread(target=theirs.sendall, args=(replies,))
