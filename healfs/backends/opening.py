@@ -31,7 +31,7 @@ _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 
 # errno of open(2) -> what is wrong and what to do. Waiting mends none of these.
 _WRONG = {
-    errno.ENOENT: "no such file: {path}; --create SIZE makes one",
+    errno.ENOENT: "no such file: {path}{creating}",
     errno.ENOTDIR: "a part of the path is no directory: {path}",
     errno.EISDIR: "{path} is a directory; name a disk image or a block device",
     errno.EACCES: "no permission to open {path}{writing}",
@@ -159,7 +159,9 @@ class Attempt:
         writing = " for writing; --read-only may be enough, or mount as root"
         if self._read_only:
             writing = "; mount as the user whose it is, or as root"
-        text = _WRONG[error.errno].format(path=self._path, writing=writing)
+        # Who waits for the right one to come back is not told to make another in its place.
+        creating = "" if self._wait_for_lock else "; --create SIZE makes one"
+        text = _WRONG[error.errno].format(path=self._path, writing=writing, creating=creating)
         return SourceError(text, error.errno)
 
     def _close_old(self) -> None:
@@ -290,10 +292,11 @@ class Attempt:
             identity = _file_identity(fd, status, file_system)
             can_discard = can_zero = not self._read_only and _can_punch(fd, size)
         if not size:
+            if block:
+                raise SourceError(f"{self._path} has no size (no medium, or not set up)")
+            filling = f"; truncate -s SIZE {self._path} gives it a size"
             raise SourceError(
-                f"{self._path} is empty (0 bytes); truncate -s SIZE {self._path} gives it a size"
-                if not block
-                else f"{self._path} has no size (no medium, or not set up)"
+                f"{self._path} is empty (0 bytes){'' if self._wait_for_lock else filling}"
             )
         geometry = Geometry(
             size=size,
