@@ -225,9 +225,7 @@ class Keeper:
                 self._abort()
                 return 1
             self.heartbeat.none_runs(now)
-            if now >= self.start_at:
-                self._start_worker()
-            return None
+            return self._start_worker() if now >= self.start_at else None
         ended = self.worker.has_ended()  # asked first: nothing is said after that
         for message in self.worker.messages():
             self._obey(message)
@@ -280,17 +278,20 @@ class Keeper:
             "silence": self.heartbeat.limit,
         }
 
-    def _start_worker(self) -> None:
-        """The first one mounts; a later one takes over the mount and the log."""
+    def _start_worker(self) -> int | None:
+        """The first one mounts; a later one takes over the mount and the log. The exit status where
+        there is no first one."""
         self._follow_log()
         try:
             child = Child(self.program, self.descriptors(), self.greeting())
         except OSError as exc:
+            why = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror
             if self.fuse < 0:
-                raise
-            self._plan_restart(f"could not be started ({exc.filename}: {exc.strerror})")
-            return
-        self.employ(child)
+                return self._refuse(f"no process for the disk can be started: {why}", 1)
+            self._plan_restart(f"could not be started ({why})")
+        else:
+            self.employ(child)
+        return None
 
     def employ(self, child: Child) -> None:
         """It is the worker from now on."""

@@ -96,10 +96,10 @@ class Upgrading:
         if not error:
             try:
                 self._begin(json.loads(packet)["upgrade"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 error = "that is no request for an upgrade"
             except OSError as exc:
-                error = f"{exc.filename}: {exc.strerror}"
+                error = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc.strerror)
         if error:
             _answer(asker, {"error": error})
         else:

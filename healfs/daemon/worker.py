@@ -492,6 +492,10 @@ async def _main(fds: dict[str, int]) -> int:
         status = sources.exit_status(exc)
         Report(fds["ready"]).error(str(exc), status)
         return status
+    except OSError as exc:
+        why = f"the write log's memory: {exc.strerror}; lower --log-size, or raise the limit"
+        Report(fds["ready"]).error(f"{why} (ulimit -a)", 1)
+        return 1
     return await worker.run()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -225,4 +226,28 @@ def test_a_keeper_that_is_killed_when_it_has_just_mounted(
 def test_what_is_served_is_not_taken_for_a_dead_mount(commands: Commands, image: Path) -> None:
     assert commands.mount(image).returncode == 0
     assert mount.never_served(str(commands.mountpoint)) is None
+    assert commands.run("umount", commands.mountpoint).returncode == 0
+
+
+# --- what is asked of it ------------------------------------------------------------------------
+
+
+def test_a_limit_that_forbids_the_logs_memory_is_one_line(commands: Commands, image: Path) -> None:
+    done = commands.mount(image, prefix=("prlimit", "--fsize=1000000"))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "the write log's memory: File too large; lower --log-size" in done.stderr
+    commands.nothing_left(GENEROUS)
+
+
+def test_what_is_no_request_for_an_upgrade_ends_no_mount(commands: Commands, image: Path) -> None:
+    assert commands.mount(image).returncode == 0
+    (door,) = commands.runtime.glob("*/keeper")
+    for packet in b"[" * 60000, b'{"upgrade": {"path": null, "interpreter": "\\u0000"}}', b"1":
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+            one.connect(str(door))
+            socket.send_fds(one, [packet], [theirs.fileno()])
+            ours.settimeout(GENEROUS)
+            theirs.close()
+            assert "that is no request for an upgrade" in ours.recv(4096).decode()
     assert commands.run("umount", commands.mountpoint).returncode == 0

@@ -100,6 +100,21 @@ def test_an_interpreter_that_is_gone_is_not_hammered(
     assert "could not be started (/opt/python: No such file or directory)" in kept.problem
 
 
+def test_no_process_for_the_first_worker_is_one_line(
+    kept: Keeper, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept.greeting = kept.descriptors = dict  # type: ignore[method-assign, assignment]
+    kept.fuse = -1
+
+    def full(*_: object) -> Child:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(keeper, "Child", full)
+    assert kept._start_worker() == 1
+    said = "healfs: no process for the disk can be started: Resource temporarily unavailable\n"
+    assert capsys.readouterr().err == said
+
+
 def test_faults_in_a_row_are_told_twice(kept: Keeper) -> None:
     told: list[str] = []
     kept.happened = lambda name, *_: told.append(name)  # type: ignore[method-assign]
