@@ -81,6 +81,14 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def retrying_words(retrying: dict[str, Any]) -> str:
+    """For people, of status's `retrying`."""
+    number, seconds = int(retrying["requests"]), float(retrying["seconds"])
+    failed = counted(number, "request fails", "requests fail")
+    tried = "is tried again" if number == 1 else "are tried again"
+    return f"{failed} and {tried}, since {format_duration(seconds)}: {retrying['reason']}"
+
+
 def spans(ranges: Iterable[Sequence[int]]) -> list[str]:
     """For people, of (offset, length): "0-4095"."""
     return [f"{offset}-{offset + length - 1}" for offset, length in ranges]

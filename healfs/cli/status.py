@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
+from rich.text import Text
 
 from healfs.cli.completion import MOUNTPOINT
 from healfs.cli.daemons import about_dead, about_silent, advice, connected, find
@@ -21,7 +22,7 @@ from healfs.cli.output import (
 )
 from healfs.cli.pause import pause_words
 from healfs.cli.policy import sentence
-from healfs.config import counted, format_duration, format_size
+from healfs.config import counted, format_duration, format_size, one_line, retrying_words
 from healfs.control import mounts
 from healfs.control.client import ControlError, connect
 from healfs.control.mounts import Mount
@@ -171,6 +172,8 @@ def _print_one(mount: Mount, one: Status) -> None:
     rows: list[tuple[str, object]] = [("state", state)]
     if reason := one.get("reason"):
         rows.append(("reason", reason))
+    if retrying := one.get("retrying"):
+        rows.append(("retrying", Text(one_line(retrying_words(retrying)), "yellow")))
     if paused := one.get("pause"):
         rows.append(("pause", pause_words(paused)))
     if one.get("state") == "mismatch":

@@ -1536,6 +1536,7 @@ class Engine:
                 "parked": parked,
                 "unsettled": unsettled,
             },
+            "retrying": self._retrying(now),
             "policy": self.policy.as_dict(),
             "slow_after": self.slow_after,
             "settle": self.settle,
@@ -1549,9 +1550,26 @@ class Engine:
             },
         }
 
+    def _retrying(self, now: float) -> dict[str, object] | None:
+        """Of requests that failed, and wait for their next try or are in it. The disk is ready."""
+        tried = (*self._retries, *self._queues.in_flight.values())
+        failed = [request for request in tried if request.first_error and not request.answered]
+        if not failed:
+            return None
+        oldest = min(failed, key=_first_error)
+        return {
+            "requests": len(failed),
+            "seconds": round(now - oldest.first_error, 3),
+            "reason": os.strerror(oldest.errno),
+        }
+
 
 def _age(request: Request) -> int:
     return request.order
+
+
+def _first_error(request: Request) -> float:
+    return request.first_error
 
 
 def _is_part(request: Request) -> bool:

@@ -116,7 +116,12 @@ def summary(worker: Worker) -> str:
     state, seconds, requests = engine["state"], engine["state_seconds"], engine["requests"]
     assert isinstance(seconds, float) and isinstance(requests, dict)
     if state == State.READY:
-        return str(state)
+        failed: Any = engine["retrying"]
+        if failed is None:
+            return str(state)
+        # Without the time, which would be another one each second.
+        many = counted(failed["requests"], "request that failed is", "requests that failed are")
+        return f"{state}, {many} tried again ({failed['reason']})"
     since = datetime.fromtimestamp(time.time() - seconds).isoformat(" ", "seconds")
     why = f" ({engine['reason']})" if engine["reason"] else ""
     waiting = requests["parked"] + requests["in_flight"]

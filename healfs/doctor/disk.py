@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from healfs.config import shell_word
+from healfs.config import retrying_words, shell_word
 from healfs.doctor.finding import Finding, Level
 
 _BOTH = "nbdkit file and qemu-nbd do so by themselves"
@@ -59,7 +59,10 @@ def examine(status: dict[str, Any]) -> list[Finding]:
 
 def _findings(status: dict[str, Any], mountpoint: str) -> Iterator[Finding]:
     state = str(status.get("state"))
-    if state == "ready":
+    if state == "ready" and (retrying := status.get("retrying")):
+        mend = f"healfs policy --help # or mend the storage: see healfs status {mountpoint}"
+        yield Finding("state", Level.WARNING, f"ready, but {retrying_words(retrying)}", mend)
+    elif state == "ready":
         yield Finding("state", Level.OK, "ready")
     else:
         level = Level.ERROR if state == "faulted" else Level.WARNING

@@ -492,6 +492,15 @@ def test_a_mismatch_is_shown_with_what_to_do(daemon: Daemon) -> None:
     assert "it has 5 bytes" in shown and "healfs accept" in shown
 
 
+def test_a_ready_disk_on_which_requests_fail_says_so(daemon: Daemon) -> None:
+    retrying = {"requests": 2, "seconds": 65.0, "reason": "No space left on device"}
+    daemon.status |= {"retrying": retrying}
+    daemon.start()
+    text = " ".join(run("status", daemon.mount.mountpoint).stdout.split())
+    said = "2 requests fail and are tried again, since 1m 5s: No space left on device"
+    assert f"retrying {said}" in text
+
+
 def test_umount_waits_for_the_process(daemon: Daemon) -> None:
     daemon.start()
     result = run("umount", daemon.mount.mountpoint)

@@ -420,6 +420,10 @@ def test_a_disk_with_which_all_is_well() -> None:
     ("changed", "level", "mend"),
     [
         ({"state": "stalled", "reason": "refused"}, Level.WARNING, "healfs reconnect"),
+        (
+            {"retrying": {"requests": 1, "seconds": 5.0, "reason": "No space left on device"}},
+            *(Level.WARNING, f"healfs status {MOUNTPOINT}"),
+        ),
         ({"state": "connecting"}, Level.WARNING, f"healfs events {MOUNTPOINT}"),
         ({"state": "replaying"}, Level.WARNING, f"healfs status {MOUNTPOINT}"),
         ({"state": "paused"}, Level.WARNING, f"healfs resume {MOUNTPOINT}"),

@@ -23,6 +23,24 @@ def test_report_answers_at_once_failed_and_lost():
     play.expect("answer c EIO")
 
 
+def test_what_fails_again_and_again_is_seen_while_the_disk_is_ready():
+    play = Playbook()
+    play.run(10)
+    play.write("a", 0)
+    assert play.engine.status()["retrying"] is None
+    play.error("a", e.EDQUOT)
+    seen = {"requests": 1, "seconds": 0.0, "reason": "Disk quota exceeded"}
+    assert play.engine.status()["retrying"] == seen
+    play.run(3)  # it is in flight again
+    assert play.engine.status()["retrying"] == seen | {"seconds": 3.0}
+    play.error("a", e.ENOSPC)
+    seen |= {"seconds": 3.0, "reason": "No space left on device"}
+    assert play.engine.status()["retrying"] == seen
+    play.run(3)
+    play.ok("a")
+    assert play.engine.status()["retrying"] is None
+
+
 def test_policy_is_by_direction():
     play = Playbook(policy(read="report", write=retry()))
     play.run(10)
