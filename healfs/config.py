@@ -86,7 +86,7 @@ def retrying_words(retrying: dict[str, Any]) -> str:
     number, seconds = int(retrying["requests"]), float(retrying["seconds"])
     failed = counted(number, "request fails", "requests fail")
     tried = "is tried again" if number == 1 else "are tried again"
-    return f"{failed} and {tried}, since {format_duration(seconds)}: {retrying['reason']}"
+    return f"{failed}, for {format_duration(seconds)} now, and {tried}: {retrying['reason']}"
 
 
 def spans(ranges: Iterable[Sequence[int]]) -> list[str]:

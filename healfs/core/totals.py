@@ -26,6 +26,11 @@ class Totals:
         else:
             self.bytes[index] += length
 
+    def uncount(self, kind: Kind, errno: int) -> None:
+        """It was no guest's, and had no bytes."""
+        self.requests[kind] -= 1
+        self.errors[kind] -= bool(errno)
+
     def as_dict(self) -> dict[str, object]:
         kinds: dict[str, object] = {
             kind.name.lower(): {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from healfs import __version__, compiled
@@ -346,4 +348,15 @@ def _users_of(mountpoint: str) -> list[str]:
                     users.append(f"{comm.read().strip()} (pid {name})")
         except OSError:
             continue  # gone, or not ours to see
-    return users
+    return users + _loops_of(mountpoint)
+
+
+def _loops_of(mountpoint: str) -> list[str]:
+    """No process has the file open for these, and sysfs does not touch it either."""
+    loops = []
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # detached meanwhile
+            if backing.read_bytes().startswith(os.fsencode(mountpoint + "/")):
+                device = f"/dev/{backing.parts[3]}"
+                loops.append(f"{device} (losetup -d {device})")
+    return loops

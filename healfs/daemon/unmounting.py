@@ -240,6 +240,8 @@ class Unmounting:
         with trio.move_on_after(seconds) as self._patience:
             await answered.wait()
         self._worker.engine.cancel(request)
+        if errors:
+            self._worker.engine.totals.uncount(Kind.FLUSH, errors[0])
         return errors == [0]
 
 

@@ -118,6 +118,8 @@ def test_umount_in_an_outage_says_what_waits_and_leaves_the_mount(
     assert line.count(str(commands.mountpoint)) == 1
     assert "1 request waits" in line and "--force" in line and "the backend is away (" in line
     assert commands.is_mounted and len(commands.processes()) == 2 and not writer.answered
+    # The flush that it gave up was no guest's.
+    assert commands.status()["totals"]["flush"] == {"requests": 0, "bytes": 0, "errors": 0}
     server.start()
     assert writer.answer().value == 4096
     assert writer.ok("pread", 0, 4096) == BLOCK
@@ -164,6 +166,21 @@ def test_force_when_the_server_hangs(hanging: tuple[Commands, Agent]) -> None:
     assert done.returncode == 0 and "1 write (4 KiB)" in done.stderr
     assert writer.answer().errno == errno.EIO
     commands.nothing_left()
+
+
+def test_in_use_names_a_loop_device(commands: Commands, image: Path) -> None:
+    """It has no process."""
+    _mounted(commands, image)
+    attach = ["losetup", "--find", "--show", commands.file]
+    made = subprocess.run(attach, capture_output=True, text=True, timeout=GENEROUS, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device is to be had: {made.stderr}")
+    device = made.stdout.strip()
+    try:
+        done = commands.run("umount", commands.mountpoint)
+    finally:
+        subprocess.run(["losetup", "--detach", device], timeout=GENEROUS, check=True)
+    assert done.returncode == 1 and f"in use by {device} (losetup -d {device})" in done.stderr
 
 
 def test_in_use_says_by_whom(commands: Commands, image: Path) -> None:

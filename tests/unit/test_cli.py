@@ -497,7 +497,7 @@ def test_a_ready_disk_on_which_requests_fail_says_so(daemon: Daemon) -> None:
     daemon.status |= {"retrying": retrying}
     daemon.start()
     text = " ".join(run("status", daemon.mount.mountpoint).stdout.split())
-    said = "2 requests fail and are tried again, since 1m 5s: No space left on device"
+    said = "2 requests fail, for 1m 5s now, and are tried again: No space left on device"
     assert f"retrying {said}" in text
 
 

@@ -34,6 +34,21 @@ def start_mount(tmp_path: Path, *options: str, source: str = "") -> subprocess.P
     )
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_modules_are_read_is_no_traceback(tmp_path: Path, ignored: bool) -> None:
+    (tmp_path / "click.py").write_text("import os\nos.kill(os.getpid(), 2)\nraise SystemExit(7)")
+    command = [sys.executable, "-c", "from healfs.cli.start import main; main()", "mount", "x"]
+    done = subprocess.run(
+        ["/bin/sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command] if ignored else command,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (7 if ignored else -signal.SIGINT, "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("options", [(), ("--foreground",)])
 def test_what_ends_the_waiting_leaves_nothing(
