@@ -44,7 +44,7 @@ class HealfsMount:
         *options: str,
         name: str = "disk.img",
         timeout: float = 180,
-        limit: float = 1200,
+        limit: float = 2400,  # longer than the longest test may take
     ) -> None:
         # Not pytest's tmp_path: the control socket's path must fit in 108 bytes.
         self._directory = Path(tempfile.mkdtemp(prefix="healfs-"))

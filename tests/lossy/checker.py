@@ -28,7 +28,7 @@ from typing import Any
 BLOCK = 4096
 HEAD = struct.Struct("<IQQ")  # checksum of the rest, number, version
 RUN = 4  # blocks of the longest write
-LIFETIME = 1800  # seconds
+LIFETIME = 2400  # seconds
 EMPTY = bytes(BLOCK)
 
 
