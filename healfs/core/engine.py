@@ -1372,6 +1372,9 @@ class Engine:
     def _behind_hanging(self, now: float) -> list[tuple[Request, float]]:
         """What waits for one that hangs, given up or not, for others, too; and since when."""
         found: dict[int, tuple[Request, float]] = {}
+        if (flush := self._flush) is not None and now - flush.sent >= self._silence:
+            for request in self._queues.flushes.values():  # for the next one
+                found[request.order] = request, max(request.arrived, flush.sent)
         for hanging in self._queues.in_flight.values():
             if hanging.waiters is None or now - hanging.sent < self._silence:
                 continue

@@ -21,6 +21,18 @@ _POLICIES = (
 )
 
 
+_MORE = (
+    *_POLICIES,
+    Policy(DirectionPolicy(Action.RETRY, 0.2, 1.0), DirectionPolicy(Action.RETRY, 0.2, 2.0)),
+    Policy(
+        DirectionPolicy(Action.RETRY, 0.1, 8.0, Action.IGNORE),
+        DirectionPolicy(Action.RETRY, 5.0, 7.0),
+    ),
+    Policy(DirectionPolicy(Action.STOP), DirectionPolicy(Action.RETRY, 2.0, 6.0, Action.ENOSPC)),
+    Policy(DirectionPolicy(), DirectionPolicy(Action.IGNORE)),
+)
+
+
 def strike(world: World, fault: Fault) -> None:
     server, until, number = world.server, world.now + fault.seconds, fault.number
     match fault.name:
@@ -53,7 +65,8 @@ def strike(world: World, fault: Fault) -> None:
             server.other_until = until
             world.disconnect(crash=True, notice=0.001)
         case "policy":
-            world.set_policy(_POLICIES[number % len(_POLICIES)])
+            policies = _MORE if world.plan.options.limits else _POLICIES
+            world.set_policy(policies[number % len(policies)])
         case "pause":
             world.engine.pause()
             world.later(fault.seconds, lambda: world.engine.resume())

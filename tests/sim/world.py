@@ -25,6 +25,7 @@ from tests.sim.faults import strike
 from tests.sim.oracle import POISON, Oracle, Violation, decode, encode, op_id, tag_of, value_of
 from tests.sim.plan import SECTOR, Fault, Op, Plan, chance
 
+TIMED_OUT_WITHIN = 60.0  # virtual seconds, under a policy with a timeout
 HEALED_WITHIN = 60.0  # virtual seconds until every request must be answered
 RING = 256 << 10  # bytes of payloads: small, so that it is full now and then
 MAX_EVENTS = 400_000
@@ -111,6 +112,7 @@ class World:
         self._requests: dict[int, Request] = {}
         self._healed = False
         self._ops: dict[int, Op] = {}
+        self._submitted: dict[int, float] = {}
         self._bugs = _Bugs(logging.ERROR)
         self._linked = False  # as the engine was told, and told us
         self._trying = False  # a connect is on its way
@@ -121,6 +123,7 @@ class World:
         self._cancelled: set[int] = set()
         # The policies since a request came: any may have decided what it is answered.
         self._policy = Policy()
+        self._policy_since = self._start  # or since the last pause
         self._policies: dict[int, list[DirectionPolicy]] = {}  # by the op's id
 
     def _new_backend(self) -> AlignedBackend:
@@ -172,6 +175,7 @@ class World:
         logger.propagate = False
         try:
             self.engine.start()
+            self._look()
             self._until(self._start + self.plan.end)
             self._heal()
             self._read_back()
@@ -198,6 +202,18 @@ class World:
 
     # --- the guests ------------------------------------------------------------------------
 
+    def _look(self) -> None:
+        """Nobody waits for ever under a policy that ends."""
+        if self.engine.state is State.PAUSED or not self.engine.slow_after:
+            self._policy_since = self.now
+        for op in self.oracle.unanswered():
+            policy = self._policy.of(op.kind)
+            ends = policy.times_out and policy.then in (Action.REPORT, Action.IGNORE)
+            since = max(self._policy_since, self._submitted[op.id])
+            if ends and self.now > since + TIMED_OUT_WITHIN:
+                raise Violation("waits", f"{op} since {since - self._start:.3f}")
+        self.later(5.0, self._look)
+
     def _pump(self, client: int) -> None:
         queue = self._queues[client]
         while queue and self._start + queue[0].at <= self.now:
@@ -209,6 +225,7 @@ class World:
         self.say(f"guest {op.client}: {op}")
         self._ops[op.id] = op
         self._outstanding[op.client] += 1
+        self._submitted[op.id] = self.now
         self._policies[op.id] = [self._policy.of(op.kind)]
         self.oracle.submitted(op)
         request = self._request(op)
@@ -435,6 +452,7 @@ class World:
 
     def set_policy(self, policy: Policy) -> None:
         self._policy = policy
+        self._policy_since = self.now
         for id, policies in self._policies.items():
             policies.append(policy.of(self._ops[id].kind))
         self.engine.set_policy(policy)
@@ -489,7 +507,7 @@ class World:
         self._healed = True
         self.stores.disarm()
         self.server.calm()
-        self._heap = [entry for entry in self._heap if entry[2] != self._fault]
+        self._heap = [e for e in self._heap if e[2] not in (self._fault, self._look)]
         heapq.heapify(self._heap)
         self.set_policy(Policy())
         self.engine.resume()

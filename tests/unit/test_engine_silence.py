@@ -266,6 +266,25 @@ def test_a_flush_that_waits_for_it_is_not_forgotten(given):
     assert disk.succeeded("g")
 
 
+def test_a_flush_behind_one_that_hangs_is_under_retry_timeout():
+    disk = _Flying(policy(retry(timeout=10)))
+    disk.flush("f")
+    (hung,) = disk.flying.values()
+    disk.flying.clear()
+    disk.goes_on(3)
+    disk.flush("g")
+    disk.goes_on(6)
+    assert not disk.answers.keys() & {"f", "g"}
+    disk.goes_on(2)
+    assert disk.answers["f"] == (e.EIO, None) and "g" not in disk.answers
+    disk.goes_on(3)
+    assert disk.answers["g"] == (e.EIO, None)
+    disk.flush("late")
+    disk.engine.completed(hung, 0)
+    disk.drive()
+    assert disk.succeeded("late")
+
+
 def test_a_replay_that_waits_for_it_is_an_outage():
     disk = _Flying(policy(retry(timeout=30)))
     disk.engine.cancel(disk.hung)
