@@ -38,6 +38,7 @@ class Reference:
         self.log = log  # only for the payloads
         self.clock = clock
         self.settle = settle
+        self.slow_after = 0.0  # it waits for ever
         self.state = State.READY
         self.reason = ""
         self.size = 0
