@@ -379,8 +379,15 @@ class Engine:
                 self._flush_failed(errno, ())
             elif self._replay.wanted and not request.answered:
                 # What failed beside it may have used up the error of this one's bytes.
-                self._judge_failed(request, self._replay.errno or e.EIO, self.clock())
-                return
+                failure, now = self._replay.errno or e.EIO, self.clock()
+                age = now - (request.first_error or now)
+                action = self.policy.of(kind).decide(kind, failure, age)
+                if action is not Action.IGNORE or self.state is State.PAUSED:
+                    self._judge_failed(request, failure, now)
+                    return
+                # It is on the disk, and so in the log: else the replay would put older bytes there.
+                self._io_error(kind, failure, action)
+                self.totals.ignored_bytes += request.length
         if kind is READ:
             if self._overlays and (parts := self._overlays.pop(request.order, None)):
                 data = patch(data, request.offset, parts) if not errno else None

@@ -283,7 +283,7 @@ class World:
             return
         done_by_backend = self._completing is request
         may_ignore = any(Action.IGNORE in (p.error, p.then) for p in policies)
-        if not done_by_backend and may_ignore and op.kind is not Kind.FLUSH:
+        if may_ignore and op.kind is not Kind.FLUSH and (op.fua or not done_by_backend):
             return
         if op.kind is Kind.READ:
             self.oracle.read(op, decode(data))

@@ -459,6 +459,22 @@ def test_a_read_beside_a_flush_that_fails_shows_what_the_log_has():
     assert disk.answers["r"] == (0, shown)
 
 
+def test_a_fua_write_whose_failure_is_ignored_is_not_overwritten_by_the_replay():
+    """The backend has done it; whether it is stable is not certain: a flush has failed before."""
+    disk = Disk(policy(write="ignore"))
+    disk.written("old", 0)
+    disk.flush("f")
+    disk.drive(lambda request: e.EIO if request.kind is Kind.FLUSH else 0, rounds=3)
+    assert disk.engine.latched and disk.state == "ready"
+    disk.request("new", Kind.WRITE, 0, BLOCK, fua=True)
+    disk.drive(rounds=1)
+    assert disk.succeeded("new")
+    disk.pieces.clear()
+    disk.drive_for(2)
+    assert [bytes(r.data[:3]) for r in disk.pieces] == [b"new"]
+    assert not disk.engine.latched
+
+
 class Blocks(Disk):
     """The backend takes whole blocks, and reads what it is not given of one."""
 
