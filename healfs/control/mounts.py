@@ -316,13 +316,19 @@ def claim(mountpoint: str) -> Claim:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            word = shell_word(mountpoint)
-            raise BusyError(
-                f"{mountpoint}: a healfs daemon serves it already; see healfs status {word}"
-            ) from None
-        if os.fstat(fd).st_nlink:
-            return Claim(directory, fd)
-        os.close(fd)  # what was locked is the removed directory of the last holder
+            raise _busy(mountpoint) from None
+        if not os.fstat(fd).st_nlink:
+            os.close(fd)  # what was locked is the removed directory of the last holder
+            continue
+        if (left := read(str(directory))) and not left.is_dead():
+            os.close(fd)  # its keeper is gone, and a worker serves or ends
+            raise _busy(mountpoint)
+        return Claim(directory, fd)
+
+
+def _busy(mountpoint: str) -> BusyError:
+    word = shell_word(mountpoint)
+    return BusyError(f"{mountpoint}: a healfs daemon serves it already; see healfs status {word}")
 
 
 def _as_record(mount: Mount) -> dict[str, object]:

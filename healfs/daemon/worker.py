@@ -165,8 +165,15 @@ class Worker:
 
     def _clear_up(self) -> None:
         """In the place of a keeper that is gone: what is mounted still is dead with us."""
-        mountpoint, directory = self.config.mountpoint, self.parent.greeting["directory"]
-        record = mounts.read(directory)
+        # None: another keeper has come meanwhile, and what is mounted and recorded is its own.
+        if claimed := mounts.claim_dead(self.parent.greeting["directory"]):
+            self._take_away(claimed)
+        if self.lock >= 0:
+            host_lock.release(sources.lock_name(self.config.source), self.lock)
+
+    def _take_away(self, claimed: mounts.Claim) -> None:
+        mountpoint = self.config.mountpoint
+        record = mounts.read(str(claimed.directory))
         connection = record.connection if record else None
         try:
             if not hasattr(self, "channel"):  # killed while it mounted, it told nobody
@@ -177,9 +184,7 @@ class Worker:
         except OSError as exc:  # healfs umount finds it by the record
             log.error("%s", exc)
         else:
-            mounts.clear_dead(directory)
-        if self.lock >= 0:
-            host_lock.release(sources.lock_name(self.config.source), self.lock)
+            claimed.clear()
 
     async def _end_early(self, scope: trio.CancelScope, why: Callable[[], Awaitable[None]]) -> None:
         """Before the mount, it just ends the process."""

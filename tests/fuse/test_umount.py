@@ -9,12 +9,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from healfs.control.client import connect
+from healfs.daemon.worker import Worker
 from healfs.fuse.mount import is_mounted, mountinfo
 from tests.backends.nbd_servers import NbdServer, nbdkit, wait_until
 from tests.fuse.agent import Agent
@@ -269,6 +272,38 @@ def test_umount_without_a_keeper(orphan: tuple[Commands, NbdServer, int], image:
 def test_umount_8_without_a_keeper(orphan: tuple[Commands, NbdServer, int]) -> None:
     commands, _, _ = orphan
     subprocess.run(["umount", commands.mountpoint], check=True, timeout=GENEROUS)
+    commands.nothing_left(GENEROUS)
+
+
+def test_a_worker_without_a_keeper_that_flushes_still_is_a_daemon(
+    orphan: tuple[Commands, NbdServer, int], tmp_path: Path
+) -> None:
+    """No other takes its place, and its record, until it has ended."""
+    commands, server, worker = orphan
+    server.kill()
+    subprocess.run(["umount", commands.mountpoint], check=True, timeout=GENEROUS)
+    (tmp_path / "new.img").write_bytes(bytes(1 << 20))
+    done = commands.mount(tmp_path / "new.img")
+    if worker in commands.processes():
+        assert done.returncode == 1 and "a healfs daemon serves it already" in done.stderr
+        commands.nothing_left(GENEROUS)
+    assert "answered and not flushed: bytes 0-4095\n" in commands.log()
+
+
+def test_a_worker_without_a_keeper_takes_no_new_mount_away(commands: Commands, image: Path) -> None:
+    """Another keeper has come between its last answer on the control socket and its end."""
+    _mounted(commands, image)
+    directory = os.path.dirname(str(_status(commands)["control"]))
+    worker = SimpleNamespace(
+        config=SimpleNamespace(mountpoint=str(commands.mountpoint)),
+        parent=SimpleNamespace(greeting={"directory": directory}),
+        channel=None,
+        lock=-1,
+    )
+    worker._take_away = partial(Worker._take_away, cast(Worker, worker))
+    Worker._clear_up(cast(Worker, worker))
+    assert commands.is_mounted
+    assert commands.run("umount", commands.mountpoint).returncode == 0
     commands.nothing_left(GENEROUS)
 
 
@@ -672,6 +707,29 @@ def test_who_has_it_open_in_another_namespace_goes_on(commands: Commands, bound:
     assert done.returncode == 0
     user.kill()
     user.ended()
+    commands.nothing_left(GENEROUS)
+
+
+def test_who_goes_on_elsewhere_without_a_keeper_is_a_daemon_still(
+    commands: Commands, bound: Path, tmp_path: Path
+) -> None:
+    user = Agent(bound)
+    try:
+        pids = _pids(commands)
+        assert commands.run("umount", commands.mountpoint).returncode == 1
+        os.kill(pids["keeper"], signal.SIGKILL)
+        wait_until(lambda: _pids(commands)["keeper"] == 0, "the worker to see it")
+        (tmp_path / "new.img").write_bytes(bytes(1 << 20))
+        done = commands.mount(tmp_path / "new.img")
+        assert done.returncode == 1 and "a healfs daemon serves it already" in done.stderr
+        assert user.ok("pread", 0, 4096) and _pids(commands)["worker"] == pids["worker"]
+        os.kill(pids["worker"], signal.SIGTERM)
+        wait_until(lambda: not commands.processes(), "its end", GENEROUS)
+    finally:
+        user.kill()
+        user.ended()
+    _mounted(commands, tmp_path / "new.img")
+    assert commands.run("umount", commands.mountpoint).returncode == 0
     commands.nothing_left(GENEROUS)
 
 
