@@ -196,7 +196,7 @@ class _Session:
         buffer = transfer.buffer
         result = transfer.result
         error = 0
-        if self._device and self._is_cut(transfer):
+        if self._device and result < transfer.length and self._is_cut(transfer):
             error = errno.ENODEV
         elif result < 0:
             error = -result

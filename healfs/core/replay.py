@@ -164,8 +164,11 @@ class Replay:
         low, high = start - start % align, end + -end % align
         if self._in_flight.find(low, high):
             return None
-        if len(unsettled) and unsettled.holds_back_piece(low, high, entry.order):
-            return None
+        if len(unsettled):
+            # Of a late piece of the same entry, what it carries of this one may be older.
+            parts = low < start > entry.offset or high > end < entry.offset + entry.length
+            if unsettled.holds_back_piece(low, high, entry.order, parts=parts):
+                return None
         self._todo.popleft()
         if end < rest:
             self._todo.appendleft((entry, end, rest))

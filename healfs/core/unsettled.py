@@ -67,11 +67,12 @@ class Unsettled:
         found = self._ranges.find(start, end)
         return [a for a in found if isinstance(a, Attempt) and a.order < order]
 
-    def holds_back_piece(self, start: int, end: int, order: int) -> bool:
-        """Whether a piece of a replay has to wait: its bytes may not be on the disk yet."""
+    def holds_back_piece(self, start: int, end: int, order: int, *, parts: bool) -> bool:
+        """Whether a piece of a replay has to wait: its bytes may not be on the disk yet. `parts`:
+        there are other bytes of its entry in the same blocks, which may be a piece of their own."""
         for attempt in self._ranges.find(start, end):
             assert isinstance(attempt, Attempt)
-            if attempt.order < order or (attempt.foreign and attempt.order != order):
+            if parts if attempt.order == order else attempt.foreign or attempt.order < order:
                 return True
         return False
 

@@ -508,6 +508,26 @@ def test_what_was_refused_does_not_go_below_a_late_write_beside_it_in_its_block(
     assert not disk.engine.latched
 
 
+def test_a_piece_waits_for_the_late_one_of_the_same_write_in_its_block():
+    """What is newer lies between them: the late one carries what was there before the other."""
+    disk = Blocks()
+    disk.request("older", Kind.WRITE, 0, 1536)
+    disk.drive()
+    disk.request("newer", Kind.WRITE, 512, 512)
+    disk.drive()
+    disk.lose()
+    disk.back()
+    assert [r.offset for r in disk.pieces] == [0]
+    disk.lose()
+    disk.pieces.clear()
+    disk.back()
+    disk.drive()
+    assert [r.offset for r in disk.pieces] in ([], [0])
+    disk.drive_for(6)
+    assert {r.offset for r in disk.pieces} == {0, 512, 1024}
+    assert not disk.engine.latched
+
+
 def test_a_disk_that_comes_back_without_a_cache_keeps_what_is_newer_than_its_replay():
     disk = Disk()
     disk.written("oldest", 0)
