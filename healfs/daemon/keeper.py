@@ -538,11 +538,11 @@ class Keeper:
         """Answer everybody with ECONNABORTED, by the kernel, and take the mount away."""
         if self.fuse < 0:
             return
-        moved = mount.is_connected(self.fuse)  # else the number may be another's
+        connected = mount.is_connected(self.fuse)  # else the number may be another's
         with contextlib.suppress(OSError):
-            mount.abort(self.mountpoint, self.connection)
+            mount.abort(self.mountpoint, self.connection, connected=connected)
         try:
-            mount.unmount(self.mountpoint, self.connection, lazy=True, moved=moved)
+            mount.unmount(self.mountpoint, self.connection, lazy=True, moved=connected)
         except OSError as exc:
             self.say(str(exc))
         os.close(self.fuse)  # the last descriptor's end aborts the connection, too

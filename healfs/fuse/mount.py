@@ -180,10 +180,11 @@ def never_served(mountpoint: str) -> int | None:
     return on_top[0][1] if errors == [errno.ENOTCONN] else None
 
 
-def abort(mountpoint: str, connection: int | None) -> None:
+def abort(mountpoint: str, connection: int | None, *, connected: bool = False) -> None:
     """Have the kernel answer everybody with ECONNABORTED, whatever the daemon does. The number of
-    a connection that is gone may be another's: it must be mounted there, be it below another."""
-    if connection is None or connection not in _connections_at(mountpoint):
+    a connection that is gone may be another's: it must be `connected` (see is_connected), or
+    mounted there, be it below another."""
+    if connection is None or not (connected or connection in _connections_at(mountpoint)):
         return
     with contextlib.suppress(OSError):
         file = os.open(f"/sys/fs/fuse/connections/{connection}/abort", os.O_WRONLY)

@@ -220,6 +220,32 @@ def test_sigterm_with_a_stuck_worker_ends_the_keeper(
     commands.nothing_left(GENEROUS)
 
 
+@pytest.mark.parametrize("where", ["moved", "bound"])
+def test_sigterm_with_a_stuck_worker_of_a_mount_that_is_elsewhere(
+    commands: Commands, held_store: HeldStore, where: str
+) -> None:
+    """Who waits is answered wherever the disk is mounted."""
+    caller, worker = _stuck(commands, held_store)
+    elsewhere = commands.directory / "elsewhere"
+    elsewhere.mkdir()
+    move = ["mount", "--move" if where == "moved" else "--bind", commands.mountpoint, elsewhere]
+    try:
+        if subprocess.run(move, capture_output=True, timeout=GENEROUS).returncode:
+            pytest.skip("mounts cannot be moved here")
+        if where == "bound":
+            subprocess.run(["umount", "-l", commands.mountpoint], check=True, timeout=GENEROUS)
+        (keeper,) = set(commands.processes()) - {worker}
+        os.kill(keeper, signal.SIGTERM)
+        wait_until(lambda: commands.processes() == [worker], "the keeper's end", GENEROUS)
+        assert caller.answer().errno in (errno.ECONNABORTED, errno.ENOTCONN, errno.EIO)
+    finally:
+        held_store.abort()
+        caller.kill()
+        caller.ended()
+        subprocess.run(["umount", "-l", elsewhere], capture_output=True, timeout=GENEROUS)
+    commands.nothing_left(GENEROUS)
+
+
 # --- kernels before 6.9 -------------------------------------------------------------------------
 
 NOT_SURVIVED = "this kernel is older than 6.9: the death of the worker is not survived"
