@@ -22,6 +22,7 @@ cdef class _Session:
     cdef public long long flush_fd
     cdef public list fds
     cdef bint _device
+    cdef bint _read_only
     cdef long long _alignment
     cdef public Pool _pool
     cdef object _deferred

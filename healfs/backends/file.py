@@ -99,6 +99,7 @@ class _Session:
         self.flush_fd = opened.flush_fd
         self.fds = opened.fds
         self._device = opened.direct
+        self._read_only = opened.geometry.read_only
         self._alignment = opened.geometry.minimum_block if opened.direct else 1
         self._pool = Pool(BUFFER_LIMIT)
         self._deferred: deque[tuple[Request, Done]] = deque()  # for want of a buffer
@@ -204,7 +205,9 @@ class _Session:
                 self._allocate(transfer)
                 return
             if error in REFUSED and transfer.opcode in _ALWAYS_POSSIBLE:
-                error = errno.EIO
+                # A read-only file system (squashfs, iso9660) has no fsync; nor was there a write.
+                nothing = self._read_only and transfer.opcode == IORING_OP_FSYNC
+                error = 0 if nothing else errno.EIO
         elif transfer.opcode == IORING_OP_FALLOCATE:
             if request.fua:
                 self._flush(self.fd, request, transfer.done)

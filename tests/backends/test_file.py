@@ -236,6 +236,16 @@ async def test_no_storage_calls_a_read_a_write_or_a_flush_wrong(
         assert await client.do(make_request(Kind.DISCARD, 0, 512)) == (number, None)
 
 
+async def test_a_read_only_file_system_without_fsync_has_nothing_to_flush(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As squashfs, iso9660 and erofs are: a flush that was tried again would wait for ever."""
+    monkeypatch.setattr(threads, "perform", lambda operation: -errno.EINVAL)
+    async with connected(FileBackend(str(image), use_uring=False, read_only=True)) as client:
+        assert await client.do(make_request(Kind.FLUSH)) == (0, None)
+        assert await client.do(make_request(Kind.READ, 0, 512)) == (errno.EIO, None)
+
+
 async def test_a_full_file_system_is_enospc(tmp_path: Path) -> None:
     mountpoint = tmp_path / "small"
     mountpoint.mkdir()
