@@ -315,25 +315,25 @@ async def umount(worker: Worker, force: bool, peer: Peer) -> dict[str, Any]:
     return {"given_up": given_up}
 
 
-def busy_text(mountpoint: str, error: OSError) -> str:
-    """Why it cannot be unmounted, with the processes that have the file open."""
+def busy_text(places: set[str], error: OSError) -> str:
+    """Why it cannot be unmounted from these, with the processes that have the file open."""
     if error.errno != 16:
         return str(error)
-    users = _users_of(mountpoint)
+    users = _users_of(tuple(place + "/" for place in places))
     shown = ", ".join(users[:BUSY_SHOWN]) or "a process that cannot be seen"
     more = f" and {len(users) - BUSY_SHOWN} more" if len(users) > BUSY_SHOWN else ""
     return f"in use by {shown}{more}; end them first, or use --force"
 
 
-def _is_below(mountpoint: str, link: str) -> bool:
+def _is_below(places: tuple[str, ...], link: str) -> bool:
     try:
         target = os.readlink(link)
     except OSError:
         return False  # closed meanwhile; the others are there still
-    return target == mountpoint or target.startswith(mountpoint + "/")
+    return f"{target}/".startswith(places)
 
 
-def _users_of(mountpoint: str) -> list[str]:
+def _users_of(places: tuple[str, ...]) -> list[str]:
     """readlink in /proc names the files without touching them."""
     users = []
     for name in os.listdir("/proc"):
@@ -342,21 +342,21 @@ def _users_of(mountpoint: str) -> list[str]:
         try:
             links = [f"/proc/{name}/cwd"]
             links += [f"/proc/{name}/fd/{fd}" for fd in os.listdir(f"/proc/{name}/fd")]
-            if any(_is_below(mountpoint, link) for link in links):
+            if any(_is_below(places, link) for link in links):
                 # The kernel cuts it off after 15 bytes, also inside a character.
                 with open(f"/proc/{name}/comm", errors="replace") as comm:
                     users.append(f"{comm.read().strip()} (pid {name})")
         except OSError:
             continue  # gone, or not ours to see
-    return users + _loops_of(mountpoint)
+    return users + _loops_of(places)
 
 
-def _loops_of(mountpoint: str) -> list[str]:
+def _loops_of(places: tuple[str, ...]) -> list[str]:
     """No process has the file open for these, and sysfs does not touch it either."""
     loops = []
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):  # detached meanwhile
-            if backing.read_bytes().startswith(os.fsencode(mountpoint + "/")):
+            if os.fsdecode(backing.read_bytes()).startswith(places):
                 device = f"/dev/{backing.parts[3]}"
                 loops.append(f"{device} (losetup -d {device})")
     return loops

@@ -129,8 +129,12 @@ class Unmounting:
 
     async def _why_busy(self, error: OSError) -> str:
         """There may be very many descriptors to look at: the disk's loop does not wait."""
-        mountpoint = self._worker.config.mountpoint
-        return await trio.to_thread.run_sync(commands.busy_text, mountpoint, error)
+        places = {self._worker.config.mountpoint, *mount.places_of(self._connection())}
+        return await trio.to_thread.run_sync(commands.busy_text, places, error)
+
+    def _connection(self) -> int | None:
+        record = mounts.read(self._worker.parent.greeting["directory"])
+        return record.connection if record else None
 
     async def _is_used_elsewhere(self, patience: float) -> bool:
         """What was unmounted was one of several places, and in another one the file is open."""
@@ -165,12 +169,10 @@ class Unmounting:
 
     async def _unmount(self, *, lazy: bool) -> None:
         if self._worker.parent.gone.is_set():
-            record = mounts.read(self._worker.parent.greeting["directory"])
-            connection = record.connection if record else None
             await trio.to_thread.run_sync(
                 partial(mount.unmount, moved=True, lazy=lazy),
                 self._worker.config.mountpoint,
-                connection,
+                self._connection(),
                 abandon_on_cancel=True,
             )
         else:

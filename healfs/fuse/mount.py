@@ -128,9 +128,7 @@ def unmount(
     Raises MountError: errno EBUSY (16) when somebody has the file open and not lazy.
     """
     if moved and connection not in _connections_at(mountpoint):
-        for place, kind, minor in mountinfo():
-            if kind == TYPE and minor == connection:
-                mountpoint = place
+        mountpoint = [mountpoint, *places_of(connection)][-1]
     if not is_ours(mountpoint, connection):
         what = "something else is mounted over it; unmount that first"
         if not is_mounted(mountpoint):
@@ -150,6 +148,11 @@ def unmount(
     if status:
         number = errno.EBUSY if "busy" in said else errno.EPERM
         raise MountError(number, f"cannot unmount {mountpoint}: {said}")
+
+
+def places_of(connection: int | None) -> list[str]:
+    """Where healfs mounts of that connection are, the newest last."""
+    return [place for place, kind, minor in mountinfo() if kind == TYPE and minor == connection]
 
 
 def is_connected(fuse: int) -> bool:

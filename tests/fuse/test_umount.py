@@ -754,6 +754,8 @@ def test_the_daemon_ends_when_it_is_used_nowhere_any_more(
     try:
         user = Agent(where / "disk.img")
         assert commands.run("umount", commands.mountpoint).returncode == 1
+        done = commands.run("umount", commands.mountpoint)
+        assert done.returncode == 1 and f"(pid {user.process.pid})" in done.stderr
         user.kill()
         user.ended()
         subprocess.run(["umount", where], check=True, timeout=GENEROUS)
