@@ -44,6 +44,7 @@ from healfs.daemon import (
     unmounting,
     upgrading,
 )
+from healfs.fuse import mount
 from healfs.fuse.wire import MAX_WRITE
 from tests.docs import states
 
@@ -233,6 +234,10 @@ def test_limits_and_defaults_are_those_of_the_code() -> None:
     assert FAIR_SHARE == 4 and "process that has more than four" in SEMANTICS.read_text()
     assert unmounting.LAST_FLUSH_SECONDS == 1
     assert "flushed for one more second" in " ".join(section_of("umount").split())
+    assert unmounting.CLOSE_SECONDS == 1
+    assert "a second after the unmount that is said" in " ".join(section_of("umount").split())
+    assert keeper.LOOK_SECONDS == 5 and "tried again every five seconds" in text
+    assert mount.UNSERVED_SECONDS == 1 and "is gone is waited for a second" in text
     assert beats.REST_SECONDS == 60 and "idle for a minute" in text
     assert STEP == 2 << 20 and "by 2 MiB at a time" in text
     assert turns.MISSES == 3 and f"for {turns.SPIN * 1e6:g} microseconds" in text
