@@ -81,6 +81,12 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
+def os_error_words(error: OSError) -> str:
+    """For people: the file, where one is named, and what the system says; no number."""
+    said = error.strerror or str(error)
+    return f"{error.filename}: {said}" if error.filename else said
+
+
 def retrying_words(retrying: dict[str, Any]) -> str:
     """For people, of status's `retrying`."""
     number, seconds = int(retrying["requests"]), float(retrying["seconds"])

@@ -14,7 +14,7 @@ from healfs.config import shell_word
 from healfs.control import client, mounts, unflushed
 from healfs.control.client import Client, CommandFailed, ControlError
 from healfs.control.mounts import Mount, MountsError
-from healfs.fuse.mount import TYPE, is_ours, mountinfo, never_served, unmount
+from healfs.fuse.mount import TYPE, mountinfo, never_served, take_away
 
 
 class RefusedError(CliError):
@@ -70,13 +70,10 @@ def detach(mountpoint: str, connection: int | None) -> None:
     """Unmount what a dead daemon left, and nothing else. Raises CliError."""
     if connection is None:
         connection = never_served(mountpoint)
-    if not is_ours(mountpoint, connection):
-        return
     try:
-        unmount(mountpoint, connection, lazy=True)
+        take_away(mountpoint, connection)
     except OSError as exc:
-        if is_ours(mountpoint, connection):
-            raise CliError(str(exc)) from None
+        raise CliError(str(exc)) from None
 
 
 def clear(mount: Mount) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from healfs.cli import exit_status
-from healfs.config import one_line
+from healfs.config import one_line, os_error_words
 
 
 class CliError(Exception):
@@ -46,7 +46,7 @@ def os_error(exc: OSError) -> str:
     """What the system refused, and what to do."""
     if exc.errno == errno.ENOENT and not exc.filename:  # of getcwd(2)
         return "the current directory is gone; go to another one, or give absolute paths"
-    text = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror or str(exc)
+    text = os_error_words(exc)
     return f"{text}; {_NEXT[exc.errno]}" if exc.errno in _NEXT else text
 
 

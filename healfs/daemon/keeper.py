@@ -33,7 +33,7 @@ import sys
 import time
 from typing import Any
 
-from healfs.config import one_line
+from healfs.config import one_line, os_error_words
 from healfs.control import mounts, unflushed
 from healfs.daemon import host_lock, lines
 from healfs.daemon.children import ENDING, HANDED_OVER, PROTOCOL, Child, Program, how, readable
@@ -171,7 +171,7 @@ class Keeper:
         try:
             event = self.history.add(name, data, time.time() if when is None else when)
         except OSError as exc:
-            self.say(f"{exc.filename}: {exc.strerror}: the event {name} is not kept")
+            self.say(f"{os_error_words(exc)}: the event {name} is not kept")
             return
         if self.log == "journal" and not to_journal(event, self.mountpoint):
             self.say(sentence(event))
@@ -285,7 +285,7 @@ class Keeper:
         try:
             child = Child(self.program, self.descriptors(), self.greeting())
         except OSError as exc:
-            why = f"{exc.filename}: {exc.strerror}" if exc.filename else exc.strerror
+            why = os_error_words(exc)
             if self.fuse < 0:
                 return self._refuse(f"no process for the disk can be started: {why}", 1)
             self._plan_restart(f"could not be started ({why})")
@@ -468,7 +468,7 @@ class Keeper:
             self._write_record()
         except OSError as exc:
             if self.record_at == math.inf:
-                self.say(f"{exc.filename}: {exc.strerror}; tried again every {LOOK_SECONDS:g} s")
+                self.say(f"{os_error_words(exc)}; tried again every {LOOK_SECONDS:g} s")
             self.record_at = time.monotonic() + LOOK_SECONDS
         else:
             self.record_at = math.inf
@@ -499,7 +499,7 @@ class Keeper:
             text = f"{self.config['source']} is in use by another healfs on this host"
             self._tell({"error": f"{text}; end that first", "errno": errno.EBUSY})
         except OSError as exc:
-            self._tell({"error": f"{exc.filename}: {exc.strerror}", "errno": exc.errno or 5})
+            self._tell({"error": os_error_words(exc), "errno": exc.errno or 5})
         else:
             self._tell({"ok": True}, (self.lock,))
 
@@ -519,8 +519,7 @@ class Keeper:
                 mounts.drop_histories()
             self.happened("HEALFS_MOUNTED", {"source": source})
         except OSError as exc:
-            text = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)
-            self._tell({"error": text, "errno": exc.errno or 5})
+            self._tell({"error": os_error_words(exc), "errno": exc.errno or 5})
         else:
             self._tell({"ok": True}, (self.fuse,))
 

@@ -24,6 +24,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
+from healfs.config import os_error_words
 from healfs.daemon.children import PACKET, Child, Program, how
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Upgrading:
             except (ValueError, KeyError, TypeError, RecursionError):
                 error = "that is no request for an upgrade"
             except OSError as exc:
-                error = f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc.strerror)
+                error = os_error_words(exc)
         if error:
             _answer(asker, {"error": error})
         else:

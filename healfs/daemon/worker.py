@@ -178,9 +178,8 @@ class Worker:
         try:
             if not hasattr(self, "channel"):  # killed while it mounted, it told nobody
                 connection = connection or mount.never_served(mountpoint)
-            if mount.is_ours(mountpoint, connection):
-                log.warning("the keeper is gone: %s is taken away", mountpoint)
-                mount.unmount(mountpoint, connection, lazy=True)
+            if mount.take_away(mountpoint, connection):
+                log.warning("the keeper is gone: %s was taken away", mountpoint)
         except OSError as exc:  # healfs umount finds it by the record
             log.error("%s", exc)
         else:

@@ -183,6 +183,18 @@ def never_served(mountpoint: str) -> int | None:
     return on_top[0][1] if errors == [errno.ENOTCONN] else None
 
 
+def take_away(mountpoint: str, connection: int | None) -> bool:
+    """Unmount what a dead daemon left, and nothing else; whether it was there. Raises OSError."""
+    if not is_ours(mountpoint, connection):
+        return False
+    try:
+        unmount(mountpoint, connection, lazy=True)
+    except OSError:
+        if is_ours(mountpoint, connection):
+            raise
+    return True
+
+
 def abort(mountpoint: str, connection: int | None, *, connected: bool = False) -> None:
     """Have the kernel answer everybody with ECONNABORTED, whatever the daemon does. The number of
     a connection that is gone may be another's: it must be `connected` (see is_connected), or
